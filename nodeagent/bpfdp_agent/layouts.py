@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every map's byte layout, once, for Python and for C.
+
+A `Struct` packs and unpacks in Python and prints itself as a C struct, so the two cannot drift;
+`c_source(family)` is what the templates include. Sizes are checked in C by `_Static_assert`.
+
+Orders: addresses are bytes in network order; fields named `be16` are ports in network order
+(given to Python as ints in host order, swapped here and nowhere else); all other integers are
+host order. `addr` is 4 bytes in family 4 and 16 in family 6.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+LAYOUT_VERSION = 1
+"""Part of every map's pin name: raised when a layout changes, so that old pins are never misread."""
+
+FAMILIES = (4, 6)
+
+
+class MapType(enum.IntEnum):
+    """`enum bpf_map_type` (uapi/linux/bpf.h), the ones in use."""
+
+    HASH = 1
+    ARRAY = 2
+    PROG_ARRAY = 3
+    PERCPU_ARRAY = 6
+    LRU_HASH = 9
+    LPM_TRIE = 11
+
+
+NO_PREALLOC = 1
+"""`BPF_F_NO_PREALLOC`: entries are allocated when written; required for LPM tries."""
+
+_SCALARS = {
+    "u8": ("B", "__u8"),
+    "u16": ("H", "__u16"),
+    "be16": ("H", "__be16"),
+    "u32": ("I", "__u32"),
+    "u64": ("Q", "__u64"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One member: `kind` is a scalar, `addr`, or `bytesN` (an array of N bytes)."""
+
+    name: str
+    kind: str
+
+    def size(self, family: int) -> int:
+        """Size in bytes in the given address family."""
+        if self.kind == "addr":
+            return 4 if family == 4 else 16
+        if self.kind.startswith("bytes"):
+            return int(self.kind[5:])
+        return struct.calcsize("=" + _SCALARS[self.kind][0])
+
+    def code(self, family: int) -> str:
+        """Code for the `struct` module."""
+        if self.kind == "addr" or self.kind.startswith("bytes"):
+            return f"{self.size(family)}s"
+        return _SCALARS[self.kind][0]
+
+    def declaration(self) -> str:
+        """C declaration."""
+        if self.kind == "addr":
+            return f"addr_t {self.name};"
+        if self.kind.startswith("bytes"):
+            return f"__u8 {self.name}[{self.kind[5:]}];"
+        return f"{_SCALARS[self.kind][1]} {self.name};"
+
+
+@dataclass(frozen=True, slots=True)
+class Struct:
+    """A C struct without implicit padding (asserted in C)."""
+
+    name: str
+    fields: tuple[Field, ...]
+
+    def size(self, family: int) -> int:
+        """Size in bytes in the given address family."""
+        return sum(f.size(family) for f in self.fields)
+
+    def pack(self, family: int, **values: Any) -> bytes:
+        """Bytes of the struct; fields not given are zero. Raises KeyError for unknown fields."""
+        unknown = values.keys() - {f.name for f in self.fields}
+        if unknown:
+            raise KeyError(f"struct {self.name} has no field {', '.join(sorted(unknown))}")
+        return struct.pack(self._format(family), *(self._raw(f, family, values) for f in self.fields))
+
+    def unpack(self, family: int, data: bytes) -> dict[str, Any]:
+        """Values by field name; addresses as bytes, ports in host order."""
+        raw = struct.unpack(self._format(family), data)
+        return {f.name: _swap16(v) if f.kind == "be16" else v for f, v in zip(self.fields, raw, strict=True)}
+
+    def c_source(self, family: int) -> str:
+        """The C definition with its size check."""
+        body = "\n".join(f"    {f.declaration()}" for f in self.fields)
+        check = f'_Static_assert(sizeof(struct {self.name}) == {self.size(family)}, "{self.name}");'
+        return f"struct {self.name} {{\n{body}\n}};\n{check}\n"
+
+    def _format(self, family: int) -> str:
+        return "=" + "".join(f.code(family) for f in self.fields)
+
+    @staticmethod
+    def _raw(field: Field, family: int, values: dict[str, Any]) -> Any:
+        if field.kind == "addr" or field.kind.startswith("bytes"):
+            return values.get(field.name, bytes(field.size(family)))
+        value = values.get(field.name, 0)
+        return _swap16(value) if field.kind == "be16" else value
+
+
+def _swap16(value: int) -> int:
+    return ((value & 0xFF) << 8) | (value >> 8)
+
+
+def struct_of(name: str, **fields: str) -> Struct:
+    """A Struct from keyword arguments, in their order."""
+    return Struct(name, tuple(Field(n, k) for n, k in fields.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A pinned map. `per_family` maps exist once per address family, with the suffix 4 or 6."""
+
+    name: str
+    type: MapType
+    key: Struct
+    value: Struct
+    max_entries: int
+    flags: int = 0
+    per_family: bool = True
+
+    def pin_name(self, family: int) -> str:
+        """Name of the pin, with the family and the layout version."""
+        return f"{self.name}{family if self.per_family else ''}_v{LAYOUT_VERSION}"
+
+
+U32 = struct_of("u32_value", value="u32")
+INDEX = struct_of("index_key", index="u32")
+ADDRESS_KEY = struct_of("address_key", addr="addr")
+
+# -- services ---------------------------------------------------------------------------------
+
+WILDCARD = b""
+"""Address of a NodePort frontend: all zero; tried after the destination proved to be a node's own."""
+
+
+class FrontendFlag(enum.IntFlag):
+    """Bits of `frontend.flags`."""
+
+    INTERNAL_LOCAL = 1  # pods and nodes use the local list (internalTrafficPolicy: Local)
+    EXTERNAL_LOCAL = 2  # outside clients use the local list (externalTrafficPolicy: Local)
+    INTERNAL_DROP = 4  # an empty list is a DROP, not a REJECT, for pods and nodes
+    EXTERNAL_DROP = 8  # the same for outside clients
+    SOURCE_RANGES = 16  # loadBalancerSourceRanges: look the client up in source_ranges
+    EXTERNAL = 32  # NodePort, load balancer and external addresses: may be answered through the tunnel
+    CLUSTER_IP = 64
+
+
+class ListKind(enum.IntEnum):
+    """Which list of a service port: `list = service * 2 + kind`."""
+
+    CLUSTER = 0
+    LOCAL = 1
+
+
+class BackendFlag(enum.IntFlag):
+    """Bits of `backend.flags`."""
+
+    LOCAL = 1  # a pod (or this host's own process) on this node
+    HOST = 2  # address is a node's own: a host-network pod
+
+
+FRONTEND_KEY = struct_of("frontend_key", addr="addr", port="be16", proto="u8", pad="u8")
+FRONTEND = struct_of(
+    "frontend",
+    service="u32",  # id of the service port; shared by all of its frontends
+    cluster_count="u32",
+    local_count="u32",
+    affinity_seconds="u32",  # 0: no affinity
+    flags="u32",
+)
+SLOT_KEY = struct_of("slot_key", list="u32", slot="u32")
+BACKEND = struct_of(
+    "backend",
+    addr="addr",
+    port="be16",
+    flags="u16",
+    node="bytes16",  # address of the backend's node, IPv4 as ::ffff:a.b.c.d; zero: unknown or local
+)
+AFFINITY_KEY = struct_of("affinity_key", client="addr", service="u32")
+AFFINITY = struct_of("affinity", last_seen="u64", backend="u32", pad="u32")
+MEMBER_KEY = struct_of("member_key", list="u32", backend="u32")
+SOURCE_RANGE_KEY = struct_of("source_range_key", prefixlen="u32", service="u32", addr="addr")
+CIDR_KEY = struct_of("cidr_key", prefixlen="u32", addr="addr")
+
+# -- addresses --------------------------------------------------------------------------------
+
+
+class IdentityFlag(enum.IntFlag):
+    """Bits of `identity.flags`."""
+
+    POD = 1
+    NODE = 2
+    LOCAL = 4  # on this node
+
+
+IDENTITY = struct_of("identity", id="u32", flags="u32")
+"""Who an address is: every pod's and node's address in the cluster. id 0 means no identity."""
+
+POLICY_SLOT_ALLOW = 0  # not isolated in this direction: no program is called
+POLICY_SLOT_DENY = 1  # a program that denies everything
+POLICY_SLOT_FIRST = 2
+
+ENDPOINT = struct_of(
+    "endpoint", ifindex="u32", ingress_slot="u32", egress_slot="u32", flags="u32"
+)
+"""A pod of this node: its host-side veth and the policy programs of its two directions."""
+
+NODE_KEY = struct_of("node_key", addr="bytes16")
+"""Always 16 bytes, IPv4 as ::ffff:a.b.c.d, for outer and inner addresses alike."""
+
+SETTINGS = struct_of(
+    "settings",
+    host_netns_cookie="u64",
+    data_ifindex="u32",  # the interface other nodes are reached through
+    tunnel_ifindex="u32",  # 0: no tunnel device
+    tunnel_vni="u32",
+    flags="u32",
+    node4="bytes4",
+    pad4="u32",
+    node6="bytes16",
+)
+
+
+class SettingsFlag(enum.IntFlag):
+    """Bits of `settings.flags`."""
+
+    DSR = 1
+    POLICY_DISABLED = 2
+
+
+MAPS = (
+    Map("frontends", MapType.HASH, FRONTEND_KEY, FRONTEND, 65536, NO_PREALLOC),
+    Map("slots", MapType.HASH, SLOT_KEY, U32, 524288, NO_PREALLOC),
+    Map("backends", MapType.HASH, INDEX, BACKEND, 262144, NO_PREALLOC),
+    Map("affinity", MapType.LRU_HASH, AFFINITY_KEY, AFFINITY, 16384),
+    Map("members", MapType.HASH, MEMBER_KEY, U32, 262144, NO_PREALLOC),
+    Map("source_ranges", MapType.LPM_TRIE, SOURCE_RANGE_KEY, U32, 65536, NO_PREALLOC),
+    Map("dsr_optout", MapType.LPM_TRIE, CIDR_KEY, U32, 256, NO_PREALLOC),
+    Map("endpoints", MapType.HASH, ADDRESS_KEY, ENDPOINT, 4096, NO_PREALLOC),
+    Map("identities", MapType.HASH, ADDRESS_KEY, IDENTITY, 524288, NO_PREALLOC),
+    Map("own_addresses", MapType.HASH, ADDRESS_KEY, U32, 1024, NO_PREALLOC),
+    Map("nodes", MapType.HASH, NODE_KEY, U32, 16384, NO_PREALLOC, per_family=False),
+    Map("settings", MapType.ARRAY, INDEX, SETTINGS, 1, per_family=False),
+)
+"""Maps the control plane fills. own_addresses: value bit 1 = NodePorts are served on it."""
