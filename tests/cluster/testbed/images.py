@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images the cluster needs, made without a registry.
+
+Debian root filesystems come from mmdebstrap, programs from the tools cache. All node images
+are one docker-archive, so that the root filesystem they share is unpacked once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from cluster.testbed import archive
+from cluster.testbed.commands import run, wait_for
+from cluster.testbed.progress import say, step
+from cluster.testbed.settings import (
+    AGNHOST_IMAGE,
+    BASE_IMAGE,
+    BIN,
+    BUSYBOX_IMAGE,
+    CACHE,
+    COREDNS_VERSION,
+    DNS_TESTING_IMAGE,
+    PAUSE_IMAGE,
+    TOOLS_MODULE,
+)
+from cluster.testbed.tools import go_environment, kubernetes_version
+
+IMAGES = CACHE / "images"
+NODE_IMAGES = IMAGES / "node-images.tar"
+TOOL_PACKAGES = (
+    "bind9-dnsutils",
+    "conntrack",
+    "curl",
+    "iproute2",
+    "iptables",
+    "iputils-ping",
+    "netcat-openbsd",
+    "nftables",
+    "procps",
+    "wget",
+)
+# what Debian's own slim images leave out
+SLIM = ("doc", "info", "lintian", "linda", "locale", "man")
+APT_SOURCES = (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))
+
+
+def coredns_image() -> str:
+    """The name CoreDNS's Deployment refers to."""
+    return f"registry.k8s.io/coredns/coredns:{COREDNS_VERSION}"
+
+
+def kube_proxy_image() -> str:
+    """The name kube-proxy's DaemonSet refers to."""
+    return f"registry.k8s.io/kube-proxy:{kubernetes_version()}"
+
+
+def base_image() -> None:
+    """Put a Debian base image into buildah's storage, unless the very same is there."""
+    rootfs = _rootfs("debian-bookworm-slim")
+    base = archive.Image([BASE_IMAGE], [rootfs], cmd=["bash"])
+    if _in_buildah(archive.image_id(base)):
+        say(f"{BASE_IMAGE} is there")
+        return
+    with step(f"importing {BASE_IMAGE} into buildah"):
+        target = IMAGES / "base.tar"
+        archive.write_archive(target, [base])
+        run(["buildah", "pull", "--quiet", f"docker-archive:{target}"])
+        target.unlink()
+
+
+def _in_buildah(image_id: str) -> bool:
+    found = subprocess.run(
+        ["buildah", "images", "--quiet", "--no-trunc", BASE_IMAGE], text=True, capture_output=True
+    )
+    return image_id in found.stdout
+
+
+def _rootfs(name: str, packages: tuple[str, ...] = ()) -> Path:
+    """A Debian bookworm root filesystem as a tarball, from the cache or from mmdebstrap."""
+    rootfs = IMAGES / f"{name}.rootfs.tar"
+    wanted = " ".join(("bookworm", *SLIM, *packages))
+    stamp = rootfs.with_suffix(".packages")
+    if rootfs.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return rootfs
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    partial = rootfs.with_suffix(".partial")
+    options = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in SLIM]
+    if packages:
+        options.append(f"--include={','.join(packages)}")
+    with step(f"building the Debian root filesystem {name} (mmdebstrap, about 30 s)"):
+        run(
+            ["mmdebstrap", "--variant=minbase", "--format=tar", *options, *_apt_options()]
+            + ["bookworm", partial, *[path for path in APT_SOURCES if path.exists()][:1]],
+            hint="mmdebstrap needs a Debian mirror that apt can reach: try `apt-get update`",
+        )
+        partial.rename(rootfs)
+        stamp.write_text(wanted)
+    return rootfs
+
+
+def _apt_options() -> list[str]:
+    """The machine's own proxy settings, for machines that reach mirrors through one."""
+    dump = run(["apt-config", "dump", "Acquire::http::Proxy", "Acquire::https::Proxy"])
+    return [f"--aptopt={line}" for line in dump.splitlines() if line.strip()]
+
+
+def node_images() -> Path:
+    """The docker-archive with every image a node starts with, built when a part changed."""
+    programs = [BIN / name for name in ("agnhost", "kube-proxy", "coredns")]
+    rootfs = _rootfs("testbed-tools", TOOL_PACKAGES)
+    pause = _pause()
+    inputs = [rootfs, pause, *programs, Path(__file__)]
+    facts = "".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in inputs)
+    stamp = NODE_IMAGES.with_suffix(".inputs")
+    if NODE_IMAGES.exists() and stamp.exists() and stamp.read_text() == facts:
+        return NODE_IMAGES
+    with step("writing the node images"):
+        layers = {p.name: _layer(p) for p in (*programs, pause)}
+        partial = NODE_IMAGES.with_suffix(".partial")
+        archive.write_archive(partial, _images(rootfs, layers))
+        partial.rename(NODE_IMAGES)
+        for layer in layers.values():
+            layer.unlink()
+        stamp.write_text(facts)
+    return NODE_IMAGES
+
+
+def _layer(program: Path) -> Path:
+    """A layer with one program at the root, where the images' entry points expect it."""
+    layer = IMAGES / f"{program.name}.layer.tar"
+    archive.write_layer(layer, {f"/{program.name}": program})
+    return layer
+
+
+def _images(rootfs: Path, layers: dict[str, Path]) -> list[archive.Image]:
+    tools = [rootfs, layers["agnhost"]]
+    return [
+        archive.Image([AGNHOST_IMAGE], tools, entrypoint=["/agnhost"], cmd=["pause"]),
+        archive.Image([BUSYBOX_IMAGE, DNS_TESTING_IMAGE], tools, cmd=["sh"]),
+        archive.Image([kube_proxy_image()], [rootfs, layers["kube-proxy"]], ["/kube-proxy"]),
+        archive.Image([coredns_image()], [layers["coredns"]], ["/coredns"]),
+        archive.Image([PAUSE_IMAGE], [layers["pause"]], ["/pause"]),
+    ]
+
+
+def _pause() -> Path:
+    """Upstream's pause.c, compiled; its source comes with the Go module of Kubernetes."""
+    program = BIN / "pause"
+    if not program.exists():
+        with step("compiling pause"):
+            env = go_environment()
+            module = ["go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]
+            source = Path(run(module, env=env, cwd=TOOLS_MODULE).strip())
+            run(
+                ["gcc", "-Os", "-static", f"-DVERSION={PAUSE_IMAGE.rpartition(':')[2]}"]
+                + ["-o", program, source / "build/pause/linux/pause.c"],
+                hint="gcc and libc6-dev come with `make packages`",
+            )
+    return program
+
+
+def seed() -> Path:
+    """A containerd root that holds the node images unpacked; every node starts with a copy.
+
+    Unpacking once and linking the files is what makes a warm start quick.
+    """
+    images = node_images()
+    facts = images.with_suffix(".inputs").read_text() + platform.release()
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    root = CACHE / f"containerd-{key}"
+    if root.exists():
+        return root
+    for old in CACHE.glob("containerd-*"):
+        shutil.rmtree(old)
+    with step("unpacking the node images"):
+        _import_into(root.with_name("partial-seed"), images)
+        root.with_name("partial-seed").rename(root)
+    return root
+
+
+def _import_into(root: Path, archive_path: Path) -> None:
+    """Import an archive with a containerd that lives only for this; it listens on no network."""
+    shutil.rmtree(root, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="bpfdp-testbed-seed-") as scratch:
+        config, socket = Path(scratch, "config.toml"), Path(scratch, "containerd.sock")
+        config.write_text(
+            f'version = 2\nroot = "{root}"\nstate = "{scratch}/state"\n'
+            f'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n[grpc]\naddress = "{socket}"\n'
+        )
+        log = Path(scratch, "log")
+        with log.open("w") as output:
+            # a mount namespace of its own: no mount can outlive it
+            daemon = subprocess.Popen(
+                ["unshare", "--mount", "containerd", "--config", config],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_for("containerd for the image import", socket.exists, 20, f"See {log}")
+            run(["ctr", "-a", socket, "-n", "k8s.io", "images", "import", archive_path])
+        finally:
+            daemon.terminate()
+            daemon.wait(20)
