@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cluster for all tests of this folder: brought up, installed and taken over once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from cluster import dataplane, workloads
+from cluster.places import Places
+from cluster.testbed import Testbed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name what is missing; in CI that is a failure, never a silent skip."""
+    missing = []
+    if os.geteuid() != 0:
+        missing.append("root")
+    missing += [p for p in ("etcd", "containerd", "runc", "nsenter") if not shutil.which(p)]
+    if not missing:
+        return
+    reason = f"the cluster tests need {', '.join(missing)}: run `make cluster-test` as root"
+    if os.environ.get("CI"):
+        pytest.exit(reason, returncode=1)
+    for item in items:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def bed() -> Testbed:
+    """The running testbed; brought up if it is down."""
+    testbed = Testbed()
+    testbed.up()
+    return testbed
+
+
+@pytest.fixture(scope="session")
+def installed(bed: Testbed) -> Testbed:
+    """The testbed with the dataplane in charge of its services."""
+    dataplane.install(bed)
+    dataplane.wait_available(bed)
+    return bed
+
+
+@pytest.fixture(scope="session")
+def shop(installed: Testbed) -> Iterator[Places]:
+    """Servers, services and clients on every node, ready."""
+    places = Places(installed)
+    places.apply(workloads.manifests([n.name for n in installed.nodes]))
+    places.wait_ready()
+    yield places
+    installed.kubectl("delete", "namespace", workloads.NAMESPACE, "--wait=false")
