@@ -2,9 +2,8 @@
 """What the agent is told: process settings from the environment, the dataplane's from the CR.
 
 `ProcessSettings` is fixed for the life of the process (the operator renders it into the
-DaemonSet). `DataplaneConfig` is the `default` BpfDataplaneConfig as last seen; `runtime_config`
-turns it into `Config`, the part the agent acts on, or raises ConfigError naming the field, so a
-bad object leaves the last good configuration running.
+DaemonSet). `runtime_config` turns the `default` BpfDataplaneConfig into `Config`, what the agent
+acts on, or raises ConfigError naming the field, so a bad object leaves the last good one running.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from bpfdp_agent.watch.wire import BpfDataplaneConfig
+
 GROUP = "bpfdataplane.io"
 VERSION = "v1alpha1"
-CONFIG_NAME = "default"
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Fault = Literal["", "template-error", "verifier-reject"]
 FAULTS: tuple[Fault, ...] = ("", "template-error", "verifier-reject")
 
@@ -89,7 +88,7 @@ def _fault(text: str) -> Fault:
     raise ConfigError(f"BPFDP_FAULT={text!r} is unknown: one of {', '.join(FAULTS[1:])} or unset")
 
 
-# -- the CR, as on the wire -------------------------------------------------------------------
+# -- the spec, as on the wire ------------------------------------------------------------------
 
 
 class _Wire(msgspec.Struct, frozen=True, rename="camel"):
@@ -151,42 +150,6 @@ class DataplaneSpec(_Wire, frozen=True):
     observability: ObservabilitySpec = ObservabilitySpec()
 
 
-class KubeProxyStatus(_Wire, frozen=True):
-    """`status.kubeProxy`."""
-
-    state: str = "Running"
-
-
-class AgentsStatus(_Wire, frozen=True):
-    """`status.agents`."""
-
-    mode: str = "Attach"
-
-
-class DataplaneStatus(_Wire, frozen=True):
-    """`status`: the operator's word to the agents."""
-
-    kube_proxy: KubeProxyStatus = KubeProxyStatus()
-    agents: AgentsStatus = AgentsStatus()
-
-
-class ConfigMetadata(_Wire, frozen=True):
-    """`metadata`."""
-
-    name: str = ""
-    generation: int = 0
-    resource_version: str = ""
-    uid: str = ""
-
-
-class DataplaneConfig(_Wire, frozen=True):
-    """The `default` BpfDataplaneConfig."""
-
-    metadata: ConfigMetadata = ConfigMetadata()
-    spec: DataplaneSpec = DataplaneSpec()
-    status: DataplaneStatus = DataplaneStatus()
-
-
 # -- what the agent acts on ---------------------------------------------------------------------
 
 
@@ -216,9 +179,12 @@ class Config(msgspec.Struct, frozen=True):
         return self.kube_proxy_state == "Disabled"
 
 
-def runtime_config(obj: DataplaneConfig) -> Config:
+def runtime_config(obj: BpfDataplaneConfig) -> Config:
     """The checked configuration of a CR; raises ConfigError naming the field."""
-    spec = obj.spec
+    try:
+        spec = msgspec.json.decode(obj.spec, type=DataplaneSpec)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"spec: {error}") from None
     return Config(
         generation=obj.metadata.generation,
         detach=obj.status.agents.mode == "Detach",

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from bpfdp_agent.config import (
-    ConfigError,
-    DataplaneConfig,
-    runtime_config,
-    settings_from_env,
-)
+from bpfdp_agent.config import ConfigError, runtime_config, settings_from_env
+from bpfdp_agent.watch.wire import BpfDataplaneConfig, Kind, decode
 
 
-def config_of(text: str) -> DataplaneConfig:
-    return msgspec.json.decode(text, type=DataplaneConfig)
+def config_of(text: str) -> BpfDataplaneConfig:
+    found = {"metadata": {"name": "default"}} | msgspec.json.decode(text)
+    return decode(Kind.CONFIG, msgspec.json.encode(found))
 
 
 def test_an_empty_cr_means_the_defaults():
@@ -30,7 +27,7 @@ def test_an_empty_cr_means_the_defaults():
 def test_the_crs_fields_are_found_under_their_wire_names():
     config = runtime_config(
         config_of(
-            """{"metadata": {"generation": 7}, "spec": {
+            """{"metadata": {"name": "default", "generation": 7}, "spec": {
             "services": {"externalServiceMode": "DSR", "dsrOptOutCIDRs": ["10.1.2.3/8"],
                          "nodePortAddresses": ["fd00::1/64"], "nodePortRange": "20000-20010"},
             "policy": {"enforcement": "Disabled"}, "maps": {"sourceRanges": 99},
@@ -59,6 +56,7 @@ def test_the_crs_fields_are_found_under_their_wire_names():
         ('{"services": {"nodePortAddresses": ["nonsense"]}}', "nodePortAddresses"),
         ('{"services": {"nodePortRange": "9-1"}}', "nodePortRange"),
         ('{"interfaces": {"dataPattern": "eth("}}', "dataPattern"),
+        ('{"tunnel": {"vni": "many"}}', "vni"),
     ],
 )
 def test_a_bad_field_is_named(spec, field):
