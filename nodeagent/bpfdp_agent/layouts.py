@@ -2,7 +2,7 @@
 """Every map's byte layout, once, for Python and for C.
 
 A `Struct` packs and unpacks in Python and prints itself as a C struct, so the two cannot drift;
-`c_source(family)` is what the templates include. Sizes are checked in C by `_Static_assert`.
+`Struct.c_source` and `constants_source` are what the templates include. Sizes are checked in C by `_Static_assert`.
 
 Orders: addresses are bytes in network order; fields named `be16` are ports in network order
 (given to Python as ints in host order, swapped here and nowhere else); all other integers are
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYOUT_VERSION = 1
-"""Part of every map's pin name: raised when a layout changes, so that old pins are never misread."""
+"""Part of every map's pin name: raised when a layout changes, so that no old pin is misread."""
 
 FAMILIES = (4, 6)
 
@@ -91,12 +91,17 @@ class Struct:
         unknown = values.keys() - {f.name for f in self.fields}
         if unknown:
             raise KeyError(f"struct {self.name} has no field {', '.join(sorted(unknown))}")
-        return struct.pack(self._format(family), *(self._raw(f, family, values) for f in self.fields))
+        return struct.pack(
+            self._format(family), *(self._raw(f, family, values) for f in self.fields)
+        )
 
     def unpack(self, family: int, data: bytes) -> dict[str, Any]:
         """Values by field name; addresses as bytes, ports in host order."""
         raw = struct.unpack(self._format(family), data)
-        return {f.name: _swap16(v) if f.kind == "be16" else v for f, v in zip(self.fields, raw, strict=True)}
+        return {
+            f.name: _swap16(v) if f.kind == "be16" else v
+            for f, v in zip(self.fields, raw, strict=True)
+        }
 
     def c_source(self, family: int) -> str:
         """The C definition with its size check."""
@@ -148,7 +153,7 @@ ADDRESS_KEY = struct_of("address_key", addr="addr")
 # -- services ---------------------------------------------------------------------------------
 
 WILDCARD = b""
-"""Address of a NodePort frontend: all zero; tried after the destination proved to be a node's own."""
+"""Address of a NodePort frontend: all zero; tried when the destination is a node's own."""
 
 
 class FrontendFlag(enum.IntFlag):
@@ -159,8 +164,16 @@ class FrontendFlag(enum.IntFlag):
     INTERNAL_DROP = 4  # an empty list is a DROP, not a REJECT, for pods and nodes
     EXTERNAL_DROP = 8  # the same for outside clients
     SOURCE_RANGES = 16  # loadBalancerSourceRanges: look the client up in source_ranges
-    EXTERNAL = 32  # NodePort, load balancer and external addresses: may be answered through the tunnel
-    CLUSTER_IP = 64
+    EXTERNAL = (
+        32  # NodePort, load balancer and external addresses: may be answered through the tunnel
+    )
+    CLUSTER_IP = 64  # also alone, on the key with port 0 and proto 0: an allocated ClusterIP, whose
+    # undefined ports are REJECTed
+
+
+FRONTEND_MARKER = (0, 0)
+"""Port and proto of the frontend key that marks an allocated ClusterIP; its value's flags are
+CLUSTER_IP. Every ClusterIP needs one, beside its ports' frontends."""
 
 
 class ListKind(enum.IntEnum):
@@ -218,9 +231,7 @@ POLICY_SLOT_ALLOW = 0  # not isolated in this direction: no program is called
 POLICY_SLOT_DENY = 1  # a program that denies everything
 POLICY_SLOT_FIRST = 2
 
-ENDPOINT = struct_of(
-    "endpoint", ifindex="u32", ingress_slot="u32", egress_slot="u32", flags="u32"
-)
+ENDPOINT = struct_of("endpoint", ifindex="u32", ingress_slot="u32", egress_slot="u32", flags="u32")
 """A pod of this node: its host-side veth and the policy programs of its two directions."""
 
 NODE_KEY = struct_of("node_key", addr="bytes16")
@@ -246,7 +257,167 @@ class SettingsFlag(enum.IntFlag):
     POLICY_DISABLED = 2
 
 
-MAPS = (
+# -- flows: the packet path's own ---------------------------------------------------------------
+
+
+class Hook(enum.IntEnum):
+    """Where a flow's first packet was seen (`flow.hook`)."""
+
+    FROM_POD = 0
+    TO_POD = 1
+    FROM_NET = 2
+    TO_NET = 3
+    FROM_TUNNEL = 4
+
+
+class Action(enum.IntEnum):
+    """What happens to a packet of a known flow after NAT (`ct.action`)."""
+
+    STACK = 0  # to the node's stack
+    PEER = 1  # into the pod behind the veth `ifindex`
+    NEIGH = 2  # out of `ifindex` to `nexthop`
+    TUNNEL = 3  # to the node `nexthop` (::ffff:a.b.c.d for IPv4) through the VXLAN device `ifindex`
+    HOST_IN = 4  # into the stack as if received on `ifindex`: tunnelled, for a host-network backend
+
+
+class CtFlag(enum.IntFlag):
+    """Bits of `ct.flags`."""
+
+    NAT = 1  # addresses or ports are rewritten
+    REPLY = 2  # the entry of the reply direction
+    HOST_REPLY = 4  # replies of a host-network backend: applied at to_net
+    NEXTHOP6 = 8  # `nexthop` is an IPv6 address (in the IPv4 map: as ::ffff:a.b.c.d otherwise)
+    ONE_WAY = 16  # replies pass by this node (DSR): only one direction is ever seen
+    HAIRPIN = 32
+
+
+class TcpFlag(enum.IntFlag):
+    """Bits of `ct.tcp`: what this direction has sent."""
+
+    FIN = 1
+    SYN = 2
+    RST = 4
+    ACK = 16  # only together with SYN: a SYN-ACK was seen
+
+
+class Counter(enum.IntEnum):
+    """Index into `counters`: packets, by what became of them."""
+
+    ESTABLISHED = 0
+    NEW_FLOW = 1
+    STACK = 2
+    REJECTED = 3
+    DROP_SPOOFED = 4
+    DROP_POLICY = 5
+    DROP_POLICY_MISSING = 6
+    DROP_MALFORMED = 7
+    DROP_NO_BACKEND = 8
+    DROP_SOURCE_RANGE = 9
+    DROP_FRAGMENT = 10
+    DROP_ICMP_ERROR = 11
+    DROP_TUNNEL_SOURCE = 12
+    DROP_TUNNEL_UNKNOWN = 13
+    DROP_CONNTRACK_FULL = 14
+    DROP_INTERNAL = 15
+    ICMP_TRANSLATED = 16
+    TTL_EXPIRED = 17
+    TOO_BIG = 18
+
+
+class Jump(enum.IntEnum):
+    """Slot of `jumps`: the programs of a new flow, tail-called."""
+
+    NEW_FLOW = 0
+    FINISH = 1
+    REJECT = 2
+    ICMP_ERROR = 3
+
+
+class PolicyDirection(enum.IntEnum):
+    """`flow.direction`: which policy the running policy program is."""
+
+    INGRESS = 0
+    EGRESS = 1
+
+
+class SocketKind(enum.IntEnum):
+    """`socket_key.kind`: what is looked up for a socket of the node."""
+
+    CHOICE = 0  # service address -> the backend this socket uses
+    SERVICE = 1  # backend address -> the service address the process asked for
+
+
+CT_KEY = struct_of(
+    "ct_key", src="addr", dst="addr", sport="be16", dport="be16", proto="u8", pad="u8", pad2="u16"
+)
+"""A packet's 5-tuple as first seen on this node, one per direction. ICMP echo: sport is the id."""
+
+CT = struct_of(
+    "ct",
+    last_seen="u64",  # CLOCK_MONOTONIC (coarse), ns
+    packets="u64",
+    bytes="u64",
+    checked="u64",  # when next hop and backend were last looked up, ns
+    ifindex="u32",
+    in_ifindex="u32",  # packets of this direction must come from here; 0: any
+    addr_diff="u32",  # checksum difference of the addresses
+    port_diff="u32",  # of the ports
+    backend="u32",  # id of the chosen backend, 0: none
+    flags="u32",
+    new_src="addr",
+    new_dst="addr",
+    new_sport="be16",
+    new_dport="be16",
+    action="u8",
+    tcp="u8",
+    mtu="u16",
+    nexthop="bytes16",
+)
+
+FLOW = struct_of(
+    "flow",
+    src="addr",  # src to pad2: a ct_key, as the packet was seen
+    dst="addr",
+    sport="be16",
+    dport="be16",
+    proto="u8",
+    pad="u8",
+    pad2="u16",
+    new_src="addr",
+    new_dst="addr",
+    new_sport="be16",
+    new_dport="be16",
+    hook="u32",
+    direction="u32",
+    next_slot="u32",  # policy program after the running one; 0: none
+    in_ifindex="u32",
+    action="u32",
+    ifindex="u32",
+    reply_action="u32",
+    reply_ifindex="u32",
+    reply_in_ifindex="u32",
+    reply_flags="u32",
+    flags="u32",
+    backend="u32",
+    l4="u32",  # offset of the transport header in the frame
+    l4_proto="u8",
+    ttl="u8",
+    tcp_flags="u8",
+    fragment="u8",
+    node="bytes16",  # tunnel peer, of the forward or of the reply direction
+)
+"""A new flow on its way through the tail calls; per CPU."""
+
+FRAGMENT_KEY = struct_of(
+    "fragment_key", src="addr", dst="addr", id="u32", proto="u8", pad="u8", pad2="u16"
+)
+FRAGMENT = struct_of("fragment", sport="be16", dport="be16")
+
+SOCKET_KEY = struct_of("socket_key", cookie="u64", addr="addr", port="be16", proto="u8", kind="u8")
+SOCKET = struct_of("socket", addr="addr", port="be16", pad="u16", backend="u32")
+COUNTER = struct_of("counter", packets="u64")
+
+CONTROL_MAPS = (
     Map("frontends", MapType.HASH, FRONTEND_KEY, FRONTEND, 65536, NO_PREALLOC),
     Map("slots", MapType.HASH, SLOT_KEY, U32, 524288, NO_PREALLOC),
     Map("backends", MapType.HASH, INDEX, BACKEND, 262144, NO_PREALLOC),
@@ -261,3 +432,39 @@ MAPS = (
     Map("settings", MapType.ARRAY, INDEX, SETTINGS, 1, per_family=False),
 )
 """Maps the control plane fills. own_addresses: value bit 1 = NodePorts are served on it."""
+
+DATAPATH_MAPS = (
+    Map("ct", MapType.LRU_HASH, CT_KEY, CT, 131072),
+    Map("scratch", MapType.PERCPU_ARRAY, INDEX, FLOW, 1),
+    Map("counters", MapType.PERCPU_ARRAY, INDEX, COUNTER, 32),
+    Map("fragments", MapType.LRU_HASH, FRAGMENT_KEY, FRAGMENT, 4096),
+    Map("sockets", MapType.LRU_HASH, SOCKET_KEY, SOCKET, 65536),
+    Map("policy", MapType.PROG_ARRAY, INDEX, U32, 4096),
+    Map("jumps", MapType.PROG_ARRAY, INDEX, U32, 8),
+)
+"""Maps the programs fill themselves, and the prog arrays (policy: by slot, see POLICY_SLOT_*)."""
+
+MAPS = CONTROL_MAPS + DATAPATH_MAPS
+
+_ENUMS: tuple[tuple[str, type[enum.IntEnum] | type[enum.IntFlag]], ...] = (
+    ("FRONTEND", FrontendFlag),
+    ("LIST", ListKind),
+    ("BACKEND", BackendFlag),
+    ("IDENTITY", IdentityFlag),
+    ("SETTINGS", SettingsFlag),
+    ("HOOK", Hook),
+    ("ACT", Action),
+    ("CT", CtFlag),
+    ("TCP_FLAG", TcpFlag),
+    ("COUNT", Counter),
+    ("JUMP", Jump),
+    ("POLICY", PolicyDirection),
+    ("SOCKET", SocketKind),
+)
+
+
+def constants_source() -> str:
+    """Every enum above as C defines."""
+    return "".join(
+        f"#define {prefix}_{member.name} {member.value}\n" for prefix, e in _ENUMS for member in e
+    )
