@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which nodes are where: agents' pods, Nodes and BpfNodes put side by side (pure)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from bpfdp_operator.reasons import Reason
+from bpfdp_operator.world import condition_of, is_false, is_true
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bpfdp_operator.world import BpfNode, Node, World
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """One node that runs, or should run, an agent."""
+
+    name: str
+    node_ready: bool
+    agent_ready: bool
+    reported: bool = False
+    current: bool = False
+    supported: bool | None = None
+    unsupported_because: str = ""
+    attached: bool = False
+    detached: bool = False
+    synced: bool = False
+    cleared: bool = False
+    not_ready_because: str = ""
+    error_reason: Reason | None = None
+    error_message: str = ""
+
+    @property
+    def serving(self) -> bool:
+        """Whether packets go through our programs there, by what the API server says."""
+        return self.attached and self.synced
+
+    @property
+    def settled(self) -> bool:
+        """Whether it serves under the present configuration and its agent lives."""
+        return self.serving and self.current and self.agent_ready and self.node_ready
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """All nodes of the rollout, and whether the DaemonSet has placed a pod on each."""
+
+    nodes: tuple[NodeView, ...]
+    placed: bool
+    updated: int
+
+    @property
+    def unsupported(self) -> tuple[NodeView, ...]:
+        """Nodes whose kernel lacks a required feature."""
+        return tuple(n for n in self.nodes if n.supported is False)
+
+    @property
+    def served(self) -> tuple[NodeView, ...]:
+        """Nodes that are to be served: all but the unsupported."""
+        return tuple(n for n in self.nodes if n.supported is not False)
+
+
+def survey(world: World) -> Survey:
+    """Build the view of every node that has an agent pod or a BpfNode of the rollout."""
+    nodes = {n.metadata.name: n for n in world.nodes}
+    reports = {b.metadata.name: b for b in world.bpf_nodes}
+    pods = {p.spec.node_name for p in world.agent_pods if p.spec.node_name}
+    ready = {p.spec.node_name for p in world.agent_pods if p.ready}
+    members = pods | {name for name in reports if name in nodes and in_rollout(world, nodes[name])}
+    generation = world.config.metadata.generation if world.config else 0
+    views = tuple(
+        _view(name, nodes.get(name), reports.get(name), name in ready, generation)
+        for name in sorted(members)
+    )
+    agent = world.agent
+    placed = agent is not None and agent.observed
+    if agent is not None:
+        desired = agent.status.desired_number_scheduled
+        rolled = agent.status.updated_number_scheduled >= desired
+        placed = placed and rolled and desired > 0 and len(pods) >= desired
+    return Survey(views, placed, agent.status.updated_number_scheduled if agent else 0)
+
+
+def in_rollout(world: World, node: Node) -> bool:
+    """Tell whether the agents' nodeSelector chooses that node."""
+    selector = world.config.spec.node_agent.node_selector if world.config else {}
+    return all(node.metadata.labels.get(key) == value for key, value in selector.items())
+
+
+def _view(
+    name: str, node: Node | None, report: BpfNode | None, agent_ready: bool, generation: int
+) -> NodeView:
+    node_ready = node is None or node.ready
+    if report is None:
+        return NodeView(name=name, node_ready=node_ready, agent_ready=agent_ready)
+    status = report.status
+    conditions = status.conditions
+    features = condition_of(conditions, "FeaturesSupported")
+    attached = condition_of(conditions, "Attached")
+    readiness = condition_of(conditions, "Ready")
+    error = status.last_error
+    return NodeView(
+        name=name,
+        node_ready=node_ready,
+        agent_ready=agent_ready,
+        reported=True,
+        current=status.observed_config_generation >= generation,
+        supported=_verdict(features.status) if features else None,
+        unsupported_because=features.message if features else "",
+        attached=attached is not None and attached.status == "True",
+        detached=attached is not None
+        and attached.status == "False"
+        and attached.reason == Reason.DETACHED,
+        synced=is_true(conditions, "ServicesSynced") and is_true(conditions, "PoliciesSynced"),
+        cleared=is_true(conditions, "KubeProxyRulesCleared"),
+        not_ready_because=readiness.message
+        if readiness is not None and is_false(conditions, "Ready")
+        else "",
+        error_reason=_reason(error.reason) if error and error.reason else None,
+        error_message=_error_text(error.object, error.message) if error else "",
+    )
+
+
+def _verdict(status: str) -> bool | None:
+    return {"True": True, "False": False}.get(status)
+
+
+def _reason(text: str) -> Reason:
+    """A reason that this version does not know is still shown, as the most general one."""
+    try:
+        return Reason(text)
+    except ValueError:
+        return Reason.INVALID_OBJECT
+
+
+def _error_text(subject: str, message: str) -> str:
+    return f"{subject}: {message}" if subject and subject not in message else message
+
+
+def name_list(names: Iterable[str]) -> str:
+    """Join at most three names, then say how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
+
+
+def count_nodes(number: int) -> str:
+    """Spell `1 node`, `2 nodes`."""
+    return f"{number} node" if number == 1 else f"{number} nodes"
