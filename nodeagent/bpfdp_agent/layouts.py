@@ -2,7 +2,8 @@
 """Every map's byte layout, once, for Python and for C.
 
 A `Struct` packs and unpacks in Python and prints itself as a C struct, so the two cannot drift;
-`Struct.c_source` and `constants_source` are what the templates include. Sizes are checked in C by `_Static_assert`.
+`Struct.c_source` and `constants_source` are what the templates use. Sizes are checked in C by
+`_Static_assert`.
 
 Orders: addresses are bytes in network order; fields named `be16` are ports in network order
 (given to Python as ints in host order, swapped here and nowhere else); all other integers are
