@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-# TMP
+from cluster.testbed.cluster import Testbed
 from cluster.testbed.errors import TestbedError
 
-__all__ = ["TestbedError"]
+__all__ = ["Testbed", "TestbedError"]

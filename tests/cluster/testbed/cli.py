@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import click
-from cluster.testbed import images, packages, tools
+from cluster.testbed import cluster, hosts, images, packages, tools, verify
 from cluster.testbed.errors import TestbedError
+from cluster.testbed.settings import BIN, KUBECONFIG, Settings
 
 
 class _Group(click.Group):
@@ -48,3 +51,48 @@ def provide_e2e_tools() -> None:
 def provide_base_image() -> None:
     """Put the Debian base image into buildah's storage."""
     images.base_image()
+
+
+@main.command("node-images")
+def make_node_images() -> None:
+    """Make the images every node starts with, and unpack them once."""
+    images.seed()
+
+
+@main.command("up")
+def bring_up() -> None:
+    """Bring the cluster up (NODES, CNI and PROXY choose what kind)."""
+    cluster.up(Settings.from_env())
+    click.echo(f"export KUBECONFIG={KUBECONFIG}")
+    click.echo(f'export PATH="{BIN}:$PATH"')
+
+
+@main.command("down")
+def take_down() -> None:
+    """Take the cluster down."""
+    cluster.down()
+
+
+@main.command("verify-clean")
+def verify_clean() -> None:
+    """List what is left of a cluster; exit code 1 when something is."""
+    if left := verify.leftovers():
+        click.echo("\n".join(left))
+        raise TestbedError("the lines above are left over; `make cluster-down` removes them")
+    click.echo("nothing is left")
+
+
+@main.command("exec", context_settings={"ignore_unknown_options": True})
+@click.argument("host")
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
+def execute(host: str, argv: tuple[str, ...]) -> None:
+    """Run a program on a node, on `client` or on `controlplane`."""
+    command = hosts.enter(host, argv)
+    os.execvp(command[0], command)
+
+
+@main.command("load-image")
+@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def load_image(archive: Path) -> None:
+    """Import a docker-archive on every node."""
+    cluster.Testbed().load_image(archive)

@@ -94,8 +94,16 @@ def _rootfs(name: str, packages: tuple[str, ...] = ()) -> Path:
         options.append(f"--include={','.join(packages)}")
     with step(f"building the Debian root filesystem {name} (mmdebstrap, about 30 s)"):
         run(
-            ["mmdebstrap", "--variant=minbase", "--format=tar", *options, *_apt_options()]
-            + ["bookworm", partial, *[path for path in APT_SOURCES if path.exists()][:1]],
+            [
+                "mmdebstrap",
+                "--variant=minbase",
+                "--format=tar",
+                *options,
+                *_apt_options(),
+                "bookworm",
+                partial,
+                *[path for path in APT_SOURCES if path.exists()][:1],
+            ],
             hint="mmdebstrap needs a Debian mirror that apt can reach: try `apt-get update`",
         )
         partial.rename(rootfs)
@@ -157,8 +165,15 @@ def _pause() -> Path:
             module = ["go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]
             source = Path(run(module, env=env, cwd=TOOLS_MODULE).strip())
             run(
-                ["gcc", "-Os", "-static", f"-DVERSION={PAUSE_IMAGE.rpartition(':')[2]}"]
-                + ["-o", program, source / "build/pause/linux/pause.c"],
+                [
+                    "gcc",
+                    "-Os",
+                    "-static",
+                    f"-DVERSION={PAUSE_IMAGE.rpartition(':')[2]}",
+                    "-o",
+                    program,
+                    source / "build/pause/linux/pause.c",
+                ],
                 hint="gcc and libc6-dev come with `make packages`",
             )
     return program

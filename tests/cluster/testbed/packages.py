@@ -21,6 +21,7 @@ PACKAGES = (
     "conntrack",
     "containerd",
     "containernetworking-plugins",
+    "curl",
     "etcd-client",
     "etcd-server",
     "gcc",

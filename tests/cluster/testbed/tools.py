@@ -143,7 +143,7 @@ def _adopt(program: Program) -> bool:
 def _tells_version(path: Path, program: Program) -> bool:
     try:
         done = subprocess.run(
-            [path, *program.version_args], text=True, capture_output=True, timeout=20
+            [path, *program.version_args], text=True, capture_output=True, timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
