@@ -42,7 +42,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def status_of(world: World, config: Config, plan: Plan) -> ConfigStatus:
     """Return the whole status; times of unchanged conditions are kept."""
-    problems = problems_of(config, plan)
+    problems = problems_of(world, config, plan)
     verdicts = {
         "Available": _available(config, plan),
         "Progressing": _progressing(plan),
@@ -79,9 +79,12 @@ def status_of(world: World, config: Config, plan: Plan) -> ConfigStatus:
     )
 
 
-def problems_of(config: Config, plan: Plan) -> list[Problem]:
+def problems_of(world: World, config: Config, plan: Plan) -> list[Problem]:
     """List what is wrong, the gravest first."""
     found: list[Problem] = []
+    if world.refusal:
+        text = f"The API server refuses what this spec leads to; change it: {world.refusal}"
+        found.append(Problem(Reason.INVALID_CONFIGURATION, text))
     nodes = plan.survey.nodes
     if plan.endpoint is None and config.wanted:
         text = (
@@ -283,4 +286,10 @@ def _clip(text: str, length: int) -> str:
 def turned(old: ConfigStatus, new: ConfigStatus) -> list[Condition]:
     """List conditions whose status or reason changed: each is worth an Event."""
     before = {c.type: (c.status, c.reason) for c in old.conditions}
-    return [c for c in new.conditions if before.get(c.type) != (c.status, c.reason)]
+    return [
+        c
+        for c in new.conditions
+        if before.get(c.type) != (c.status, c.reason)
+        # That nothing is wrong is news only where something was.
+        and (c.type in before or (c.type, c.status) != ("Degraded", "False"))
+    ]

@@ -63,7 +63,7 @@ async def apply_crds() -> None:
             await connection.request(
                 "PATCH", f"{CRDS}/{name}", query=query, body=document, content_type=APPLY
             )
-            log.info("CRD applied", extra={"name": name})
+            log.info("CRD applied", extra={"object": name})
 
 
 async def create_default(spec_text: str) -> None:
@@ -91,7 +91,7 @@ async def create_default(spec_text: str) -> None:
                     raise HookError(str(error)) from error
                 await asyncio.sleep(POLL_SECONDS)
             else:
-                log.info("config created", extra={"name": w.CONFIG_NAME})
+                log.info("config created", extra={"object": w.CONFIG_NAME})
                 return
 
 

@@ -17,7 +17,7 @@ from bpfdp_operator.store import Store
 from bpfdp_operator.world import CONFIG_NAME, Config, Deployment, Memory
 
 if TYPE_CHECKING:
-    from bpfdp_operator.plan import Action
+    from bpfdp_operator.plan import Action, Plan
 
 log = logging.getLogger("bpfdp.loop")
 
@@ -28,6 +28,7 @@ SETTLE_SECONDS = 0.3
 """Events come in bursts: wait this long after the first, so that one pass answers many."""
 STUCK_SECONDS = 300.0
 CONFLICT = 409
+REFUSALS = (400, 403, 422)
 
 
 class Reconciler:
@@ -116,10 +117,20 @@ class Reconciler:
         changed = await applier.write_status(config, status_of(world, config, decided), now)
         if self.store.get(Config, config.metadata.name) is None:
             return
-        for action in decided.actions:
-            await applier.carry_out(action, config, now)
+        await self._act(applier, decided, config, now)
         if changed or any(_announced(action) for action in decided.actions):
             self.wake()
+
+    async def _act(self, applier: Applier, decided: Plan, config: Config, now: float) -> None:
+        """Carry out the actions; a refusal is remembered, to be shown in the status."""
+        try:
+            for action in decided.actions:
+                await applier.carry_out(action, config, now)
+        except ApiError as error:
+            if error.status in REFUSALS:
+                self.memory.refusal = str(error)
+            raise
+        self.memory.refusal = ""
 
 
 def _announced(action: Action) -> bool:

@@ -89,6 +89,7 @@ async def read(
         endpoint_override=await find(connection, w.ConfigMap, f"{own}/configmaps/{OVERRIDE_NAME}"),
         detaching_for=now - memory.detaching_since if memory.detaching_since else None,
         selector_patches=memory.selector_patches,
+        refusal=memory.refusal,
         selector_patch_age=now - memory.selector_patched_at,
     )
 

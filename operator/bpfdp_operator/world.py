@@ -365,6 +365,7 @@ class Memory(msgspec.Struct):
     detaching_since: float | None = None
     selector_patches: int = 0
     selector_patched_at: float = 0.0
+    refusal: str = ""
 
 
 class World(msgspec.Struct, frozen=True, kw_only=True):
@@ -386,3 +387,4 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     detaching_for: float | None = None
     selector_patches: int = 0
     selector_patch_age: float = 0.0
+    refusal: str = ""
