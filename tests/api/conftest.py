@@ -33,7 +33,7 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        say(f"{name} is neither in {BIN} nor on PATH: run `make cluster-tools`")
+        say(f"{name} is neither in {BIN} nor on PATH: run `make tools`")
     return found
 
 
