@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class ProcessSettings(msgspec.Struct, frozen=True):
-    """What the DaemonSet's environment says."""
+    """What the DaemonSet's environment says. Port 0: not served."""
 
     node_name: str
     node_ips: tuple[str, ...] = ()
@@ -76,8 +76,8 @@ def _port(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name, "")
     if not text:
         return default
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise ConfigError(f"{name}={text!r} is not a port: give a number from 1 to 65535")
+    if not text.isdigit() or not 0 <= int(text) <= 65535:
+        raise ConfigError(f"{name}={text!r} is not a port: a number up to 65535, 0 for none")
     return int(text)
 
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from bpfdp_agent.serve.nodestatus import utc_now
+from bpfdp_agent.watch.wire import Kind
 
 if TYPE_CHECKING:
     from bpfdp_agent.serve.nodestatus import ApiClient
+    from bpfdp_agent.watch.wire import ObjectKey
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,22 @@ class ObjectRef(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.namespace + '/' if self.namespace else ''}{self.name}"
+
+
+_API_VERSIONS = {
+    Kind.SERVICE: "v1",
+    Kind.ENDPOINT_SLICE: "discovery.k8s.io/v1",
+    Kind.POD: "v1",
+    Kind.NAMESPACE: "v1",
+    Kind.NODE: "v1",
+    Kind.NETWORK_POLICY: "networking.k8s.io/v1",
+    Kind.CONFIG: "bpfdataplane.io/v1alpha1",
+}
+
+
+def ref_of(kind: Kind, key: ObjectKey) -> ObjectRef:
+    """How an Event names a watched object."""
+    return ObjectRef(_API_VERSIONS[kind], str(kind), key.name, key.namespace)
 
 
 class Event(msgspec.Struct, frozen=True):

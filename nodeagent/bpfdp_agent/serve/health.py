@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kubelet's probes, on 127.0.0.1 only.
 
-/livez   200 while the event loop answers and no task of the agent has died. It never depends on
-         the API server: an agent cut off from it must not be restarted for that.
+/livez   200 while the event loop answers. It never depends on the API server: an agent cut off
+         from it must not be restarted for that.
 /readyz  200 once there is nothing left to do: attached and first sync done, or detached because
          the operator said so, or the node lacks a kernel feature. The last two are not failures
          of the pod (a rollout must go on past such a node); BpfNode's conditions tell them apart.
@@ -18,15 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Health:
-    """What the probes answer. Parts of the agent set it; empty strings mean well."""
+    """What /readyz answers: the reason why not, or an empty string for ready."""
 
     def __init__(self) -> None:
-        self.dead_task = ""
         self.not_ready = "starting"
-
-    def task_died(self, name: str, error: BaseException | None) -> None:
-        """A task that should run for ever ended: the kubelet restarts the agent."""
-        self.dead_task = f"task {name} ended: {error!r}"
 
 
 class HealthServer:
@@ -57,7 +52,7 @@ class HealthServer:
             await self._runner.cleanup()
 
     async def _livez(self, _request: web.Request) -> web.Response:
-        return _answer(self._health.dead_task)
+        return _answer("")
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         return _answer(self._health.not_ready)

@@ -110,7 +110,7 @@ class Status(_Wire, frozen=True):
     observed_config_generation: int = 0
     agent_version: str = ""
     kernel: str = ""
-    attach_type: str = ""
+    attach_type: Literal["TCX", "TC"] | None = None
     features: tuple[FeatureStatus, ...] = ()
     conditions: tuple[Condition, ...] = ()
     interfaces: tuple[InterfaceStatus, ...] = ()
@@ -151,6 +151,7 @@ class NodeStatus:
         self._now = now
         self._status = Status(agent_version=version, kernel=kernel)
         self._generation = 0
+        self._errors: dict[tuple[str, str], LastError] = {}
         self.changed = asyncio.Event()
 
     @property
@@ -159,9 +160,15 @@ class NodeStatus:
         return self._status
 
     def adopt(self, previous: Status) -> None:
-        """Start from what an earlier agent wrote: transition times and errors outlive a restart."""
+        """Start from what an earlier agent wrote: conditions and their times outlive a restart.
+
+        Its error does not: what is still wrong will be found again.
+        """
         self._status = msgspec.structs.replace(
-            previous, agent_version=self._status.agent_version, kernel=self._status.kernel
+            previous,
+            agent_version=self._status.agent_version,
+            kernel=self._status.kernel,
+            last_error=None,
         )
         self.changed.set()
 
@@ -211,26 +218,28 @@ class NodeStatus:
         found = self.get(kind)
         return found is not None and found.status == "True"
 
-    def error(self, reason: Reason, message: str, obj: str = "") -> None:
-        """Record what went wrong; the same error again changes nothing."""
-        last = self._status.last_error
-        if last and (last.reason, last.message, last.object) == (
-            reason,
-            message[:MAX_MESSAGE],
-            obj,
-        ):
-            return
-        self.update(
-            last_error=LastError(
-                reason=reason, message=message[:MAX_MESSAGE], time=self._now(), object=obj
-            )
-        )
+    def error(self, reason: Reason, message: str, obj: str = "", *, concern: str = "") -> None:
+        """Something is wrong from now on, until `clear_error`; the latest is the one published.
 
-    def clear_error(self, *reasons: Reason, obj: str | None = None) -> None:
-        """Forget the last error when its cause is gone."""
-        last = self._status.last_error
-        if last and last.reason in reasons and obj in (None, last.object):
-            self.update(last_error=None)
+        `obj` is the object at fault, `concern` the part of the agent that found it.
+        """
+        key = (obj, concern)
+        known = self._errors.get(key)
+        if known and (known.reason, known.message) == (reason, message[:MAX_MESSAGE]):
+            return
+        self._errors.pop(key, None)
+        self._errors[key] = LastError(
+            reason=reason, message=message[:MAX_MESSAGE], time=self._now(), object=obj
+        )
+        self._publish_error()
+
+    def clear_error(self, obj: str = "", *, concern: str = "") -> None:
+        """It is healed; what else is wrong is published instead."""
+        if self._errors.pop((obj, concern), None):
+            self._publish_error()
+
+    def _publish_error(self) -> None:
+        self.update(last_error=next(reversed(self._errors.values()), None))
 
     def interfaces(self, hooks: Mapping[str, Iterable[str]]) -> None:
         """Publish what is attached: interface → hooks (the first MAX_INTERFACES by name)."""
@@ -308,7 +317,7 @@ class NodeStatusWriter:
     async def _metadata(self) -> dict[str, Any]:
         code, body = await self._client.request("GET", f"/api/v1/nodes/{self._node_name}")
         if code != 200:
-            raise ApiRefusedError(f"node {self._node_name}: {code} {body[:300]!r}")
+            raise ApiRefusedError(f"node {self._node_name}: {code} {_words(body)}")
         node = msgspec.json.decode(body, type=_NodeOnly)
         return {
             "name": self._node_name,
@@ -333,7 +342,7 @@ class NodeStatusWriter:
             content_type="application/apply-patch+yaml",
         )
         if code not in (200, 201):
-            raise ApiRefusedError(f"{path}: {code} {answer[:500].decode(errors='replace')}")
+            raise ApiRefusedError(f"{path}: {code} {_words(answer)}")
 
     def _path(self) -> str:
         return f"/apis/{GROUP}/{VERSION}/bpfnodes/{self._node_name}"
@@ -347,6 +356,18 @@ class _StatusOnly(msgspec.Struct, frozen=True):
     status: Status = Status()
 
 
+class _Refusal(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
+def _words(answer: bytes) -> str:
+    """The API server's own message."""
+    try:
+        return msgspec.json.decode(answer, type=_Refusal).message
+    except msgspec.DecodeError:
+        return answer[:300].decode(errors="replace")
+
+
 class _Uid(msgspec.Struct, frozen=True):
     uid: str = ""
 
@@ -358,6 +379,4 @@ class _NodeOnly(msgspec.Struct, frozen=True):
 def _wire(status: Status) -> dict[str, Any]:
     """The status for server-side apply: what is None is left out, so the field is removed."""
     built: dict[str, Any] = msgspec.to_builtins(status)
-    if built["lastError"] is None:
-        del built["lastError"]
-    return built
+    return {name: value for name, value in built.items() if value is not None}

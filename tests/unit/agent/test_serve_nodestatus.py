@@ -67,13 +67,15 @@ def test_the_same_again_is_no_change():
     assert not s.changed.is_set()
 
 
-def test_an_error_is_cleared_by_its_own_cause_only():
+def test_an_error_is_cleared_by_its_own_cause_and_uncovers_the_one_before():
     s = status()
+    s.error("MapFull", "full", concern="services")
     s.error("InvalidObject", "bad", "Service a/b")
-    s.clear_error("MapFull")
-    s.clear_error("InvalidObject", obj="Service a/c")
-    assert s.current.last_error is not None
-    s.clear_error("InvalidObject", obj="Service a/b")
+    s.clear_error("Service a/c")
+    assert s.current.last_error.object == "Service a/b"
+    s.clear_error("Service a/b")
+    assert s.current.last_error.reason == "MapFull"
+    s.clear_error(concern="services")
     assert s.current.last_error is None
 
 

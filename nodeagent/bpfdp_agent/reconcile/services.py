@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Services: what changed in the view → the service maps of both families, and health ports."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from bpfdp_agent.bpf.errors import BpfError, MapFull
+from bpfdp_agent.desired.services import ServiceTables
+from bpfdp_agent.diff.tables import SERVICE_MAPS
+from bpfdp_agent.layouts import FAMILIES
+from bpfdp_agent.model.services import service_view
+from bpfdp_agent.serve.events import ref_of
+from bpfdp_agent.serve.proxyhealth import ServiceHealth
+from bpfdp_agent.watch.wire import Kind, ObjectKey, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from bpfdp_agent.dataplane.maps import MapStore
+    from bpfdp_agent.diff.tables import Writes
+    from bpfdp_agent.model.cluster import ClusterView
+    from bpfdp_agent.model.services import ServiceView
+    from bpfdp_agent.reconcile.surroundings import Surroundings
+
+log = logging.getLogger(__name__)
+
+NEEDS = (Kind.SERVICE, Kind.ENDPOINT_SLICE, Kind.NODE)
+"""Lists that must be complete before anything is deleted from the maps."""
+
+
+class ServiceSync:
+    """Keeps the service maps equal to the view."""
+
+    def __init__(self, around: Surroundings, maps: MapStore, synced: Callable[[], None]) -> None:
+        self._around = around
+        self._maps = maps
+        self._synced = synced
+        self._tables = {family: ServiceTables(family) for family in FAMILIES}
+        self._dirty: set[ObjectKey] = set()
+        self._started = False
+        self._interrupted: set[int] = set()
+        self._invalid: set[tuple[ObjectKey, int]] = set()
+        self._served: set[tuple[ObjectKey, int]] = set()
+        self._health_checks: dict[ObjectKey, ServiceHealth] = {}
+
+    def changed(self, services: Iterable[ObjectKey]) -> None:
+        """These, or their endpoints, are others now."""
+        self._dirty.update(services)
+
+    async def reconcile(self) -> int:
+        """Write what changed; returns the number of map operations."""
+        view = self._around.view
+        if not view.synced(*NEEDS):
+            return 0
+        dirty = self._take_dirty(view)
+        operations = 0
+        for family in FAMILIES:
+            views = {k: self._view_of(k, family) for k in dirty}
+            operations += self._write(family, self._changes(family, views), dirty)
+            self._follow(family, views)
+        self._started = True
+        self._publish()
+        return operations
+
+    def _take_dirty(self, view: ClusterView) -> set[ObjectKey]:
+        dirty = self._dirty if self._started else set(view.services)
+        self._dirty = set()
+        return dirty
+
+    def _view_of(self, key: ObjectKey, family: int) -> ServiceView:
+        view = self._around.view
+        return service_view(view.services.get(key), view.slices_of(key), family, view.nodes)
+
+    def _changes(self, family: int, views: dict[ObjectKey, ServiceView]) -> Writes:
+        tables = self._tables[family]
+        if not self._started and family not in self._interrupted:
+            return tables.start(self._actual(family), views)
+        writes = tables.update(views)
+        return tables.resync(self._actual(family)) if family in self._interrupted else writes
+
+    def _actual(self, family: int) -> dict[str, dict[bytes, bytes]]:
+        return {name: self._maps.read(name, family) for name in SERVICE_MAPS}
+
+    def _write(self, family: int, writes: Writes, dirty: set[ObjectKey]) -> int:
+        """In order; after an error the next round starts from what the maps then hold."""
+        self._interrupted.add(family)
+        try:
+            for step in writes:
+                self._maps.write(step.map, family, step.puts, step.deletes)
+        except MapFull as error:
+            self._tell_full(error, dirty)
+            raise
+        self._interrupted.discard(family)
+        return len(writes)
+
+    def _tell_full(self, error: BpfError, dirty: set[ObjectKey]) -> None:
+        self._around.status.condition(
+            "ServicesSynced", False, "MapFull", f"{_names(dirty)}: {error}"
+        )
+        for key in sorted(dirty)[:10]:
+            self._around.events.warning(ref_of(Kind.SERVICE, key), "MapFull", str(error))
+
+    def _follow(self, family: int, views: dict[ObjectKey, ServiceView]) -> None:
+        """Problems, health check ports, and which services are served in either family."""
+        for key, view in views.items():
+            self._follow_problems(key, family, view.problems)
+            self._served.discard((key, family))
+            if view.ports:
+                self._served.add((key, family))
+            check = health_check(self._around.view, key)
+            self._health_checks.pop(key, None)
+            if check:
+                self._health_checks[key] = check
+
+    def _follow_problems(self, key: ObjectKey, family: int, problems: tuple[str, ...]) -> None:
+        ref = ref_of(Kind.SERVICE, key)
+        if problems:
+            self._invalid.add((key, family))
+            self._around.invalid(ref, "; ".join(problems))
+        elif (key, family) in self._invalid:
+            self._invalid.discard((key, family))
+            if not any((key, f) in self._invalid for f in FAMILIES):
+                self._around.valid(ref)
+
+    def _publish(self) -> None:
+        around = self._around
+        around.status.update(
+            services=len({key for key, _ in self._served}),
+            backends=sum(t.backends for t in self._tables.values()),
+        )
+        around.status.condition(
+            "ServicesSynced", True, "Synced", "Every Service and its endpoints are in the maps."
+        )
+        around.proxy.set_services(self._health_checks.values())
+        around.proxy.updated()
+        around.proxy_servers.wake.set()
+        self._synced()
+
+
+def _names(keys: set[ObjectKey]) -> str:
+    shown = ", ".join(f"Service {key}" for key in sorted(keys)[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown
+
+
+def health_check(view: ClusterView, key: ObjectKey) -> ServiceHealth | None:
+    """The service's healthCheckNodePort with its number of distinct local Ready addresses."""
+    service = view.services.get(key)
+    if service is None or not _wants_health_check(service):
+        return None
+    ready = {
+        endpoint.addresses[0]
+        for each in view.slices_of(key)
+        for endpoint in each.endpoints or ()
+        if endpoint.addresses
+        and endpoint.node_name == view.nodes.own
+        and endpoint.conditions.ready is not False
+    }
+    return ServiceHealth(service.spec.health_check_node_port, key.namespace, key.name, len(ready))
+
+
+def _wants_health_check(service: Service) -> bool:
+    return (
+        service.spec.type == "LoadBalancer"
+        and service.spec.external_traffic_policy == "Local"
+        and service.spec.health_check_node_port > 0
+    )
