@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import click
-from cluster.testbed import cluster, hosts, images, packages, tools, verify
+from cluster.testbed import cluster, hosts, images, machine, packages, tools, verify
 from cluster.testbed.errors import TestbedError
 from cluster.testbed.settings import BIN, KUBECONFIG, Settings
 
@@ -38,31 +38,36 @@ def install_packages() -> None:
 @main.command("tools")
 def provide_tools() -> None:
     """Provide the Go programs: Kubernetes, Helm, CoreDNS."""
-    tools.provide()
+    with machine.locked():
+        tools.provide()
 
 
 @main.command("tools-e2e")
 def provide_e2e_tools() -> None:
     """Build upstream's e2e.test and ginkgo."""
-    tools.provide_e2e()
+    with machine.locked():
+        tools.provide_e2e()
 
 
 @main.command("base-image")
 def provide_base_image() -> None:
     """Put the Debian base image into buildah's storage."""
-    images.base_image()
+    with machine.locked():
+        images.base_image()
 
 
 @main.command("node-images")
 def make_node_images() -> None:
     """Make the images every node starts with, and unpack them once."""
-    images.seed()
+    with machine.locked():
+        images.seed()
 
 
 @main.command("up")
 def bring_up() -> None:
     """Bring the cluster up (NODES, CNI and PROXY choose what kind)."""
-    cluster.up(Settings.from_env())
+    with machine.locked():
+        cluster.up(Settings.from_env())
     click.echo(f"export KUBECONFIG={KUBECONFIG}")
     click.echo(f'export PATH="{BIN}:$PATH"')
 
@@ -70,7 +75,8 @@ def bring_up() -> None:
 @main.command("down")
 def take_down() -> None:
     """Take the cluster down."""
-    cluster.down()
+    with machine.locked():
+        cluster.down()
 
 
 @main.command("verify-clean")

@@ -38,6 +38,7 @@ from cluster.testbed.settings import (
     GATEWAY,
     KUBECONFIG,
     LOGS,
+    REPO,
     RUN,
     STATE,
     Node,
@@ -136,7 +137,10 @@ def _wait_ready() -> None:
 
 def is_up() -> bool:
     """Whether this checkout's cluster was brought up to the end and its API server answers."""
-    return machine.owner() is not None and _UP.exists() and controlplane.is_ready()
+    if machine.owner() != REPO or not _UP.exists():
+        return False
+    expected = [CONTROL_PLANE, CLIENT, *nodes(running_settings().nodes)]
+    return all(hosts.is_up(host.name) for host in expected) and controlplane.is_ready()
 
 
 def running_settings() -> Settings:
@@ -146,12 +150,14 @@ def running_settings() -> Settings:
 
 def down() -> None:
     """Stop every process of the testbed and remove what it left; harmless when nothing runs."""
-    if (owner := machine.owner()) and owner != STATE.parents[1]:
+    if (owner := machine.owner()) and owner != REPO:
         raise TestbedError(f"the cluster belongs to {owner}: run `make cluster-down` there")
     if owner is None and not cgroups.processes() and not (STATE / "hosts").exists():
         return
     with step("taking the cluster down"):
-        cgroups.stop_all()
+        for host in sorted(path.name for path in (STATE / "hosts").glob("*")):
+            hosts.remove_pins(host)
+        cgroups.kill_all()
         cgroups.remove()
         shutil.rmtree(STATE, ignore_errors=True)
         machine.release()

@@ -25,7 +25,14 @@ def run(
     words = [str(word) for word in argv]
     try:
         done = subprocess.run(
-            words, input=stdin, env=env, cwd=cwd, timeout=timeout, text=True, capture_output=True
+            words,
+            check=False,
+            input=stdin,
+            env=env,
+            cwd=cwd,
+            timeout=timeout,
+            text=True,
+            capture_output=True,
         )
     except FileNotFoundError as error:
         raise TestbedError(f"{error.filename} is not there; run `make packages tools`") from error

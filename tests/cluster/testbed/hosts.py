@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def start_daemon(host: str, name: str, argv: Sequence[str | Path]) -> None:
     It is stopped with everything else in the host's cgroup.
     """
     _spawn(enter(host, argv), LOGS / f"{host}-{name}.log")
+
+
+def remove_pins(host: str) -> None:
+    """Unpin what a host has in its bpffs, one by one.
+
+    The bpffs would go with the host, but Linux 6.18 can deadlock when very many BPF programs
+    are freed at the same moment.
+    """
+    if not is_up(host):
+        return
+    bpffs = Path(f"/proc/{init_pid(host)}/root/sys/fs/bpf")
+    for pin in [path for path in bpffs.rglob("*") if path.is_file() and path.suffix != ".debug"]:
+        pin.unlink(missing_ok=True)
+        time.sleep(0.005)
 
 
 def start_outside(host: str, name: str, argv: Sequence[str | Path]) -> None:

@@ -75,7 +75,10 @@ def base_image() -> None:
 
 def _in_buildah(image_id: str) -> bool:
     found = subprocess.run(
-        ["buildah", "images", "--quiet", "--no-trunc", BASE_IMAGE], text=True, capture_output=True
+        ["buildah", "images", "--quiet", "--no-trunc", BASE_IMAGE],
+        check=False,
+        text=True,
+        capture_output=True,
     )
     return image_id in found.stdout
 
@@ -122,8 +125,9 @@ def node_images() -> Path:
     programs = [BIN / name for name in ("agnhost", "kube-proxy", "coredns")]
     rootfs = _rootfs("testbed-tools", TOOL_PACKAGES)
     pause = _pause()
-    inputs = [rootfs, pause, *programs, Path(__file__)]
+    inputs = [rootfs, pause, *programs]
     facts = "".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in inputs)
+    facts += archive.digest(Path(__file__))
     stamp = NODE_IMAGES.with_suffix(".inputs")
     if NODE_IMAGES.exists() and stamp.exists() and stamp.read_text() == facts:
         return NODE_IMAGES

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.testbed import cgroups
 from cluster.testbed.errors import TestbedError
-from cluster.testbed.settings import REPO, RUN
+from cluster.testbed.progress import say
+from cluster.testbed.settings import CACHE, REPO, RUN
 
 # not per namespace, and the kubelet writes them
 _SYSCTLS = (
@@ -40,6 +44,22 @@ def check() -> None:
     if missing:
         raise TestbedError(f"missing: {', '.join(missing)}; run `make packages`")
     cgroups.hierarchies()
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One bring-up, take-down or build at a time on this machine; others wait and say so."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = os.open(CACHE, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another testbed command that works in {CACHE}")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def owner() -> Path | None:

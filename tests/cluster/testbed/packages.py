@@ -62,7 +62,7 @@ def install() -> None:
 
 def _installed(package: str) -> bool:
     query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", package]
-    return subprocess.run(query, capture_output=True, text=True).stdout == "installed"
+    return subprocess.run(query, check=False, capture_output=True, text=True).stdout == "installed"
 
 
 @contextmanager

