@@ -35,22 +35,13 @@ from bpfdp_agent.model.policies import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from bpfdp_agent.model.pods import NamedPort
+    from bpfdp_agent.desired.identities import Identity
 
 MAX_PEERS = 1024
 MAX_TESTS = 2000
 MAX_PREFIXES = 65536
 
 Terms: TypeAlias = tuple[Pods | Block, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What peers are selected by."""
-
-    namespace: str
-    labels: Mapping[str, str]
-    ports: tuple[NamedPort, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +160,15 @@ Deltas: TypeAlias = dict[str, dict[int, bytes | None]]
 """By program key: identity id → new value, None where the entry is to be deleted."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An identity, its labels and ports by name."""
+
+    namespace: str
+    labels: Mapping[str, str]
+    ports: Mapping[tuple[str, int], int]
+
+
 class Membership:
     """Identities and namespaces, seen through the programs in use.
 
@@ -178,7 +178,7 @@ class Membership:
     """
 
     def __init__(self) -> None:
-        self._identities: dict[int, Identity] = {}
+        self._identities: dict[int, _Known] = {}
         self._namespaces: dict[str, Mapping[str, str]] = {}
         self._programs: dict[str, Program] = {}
 
@@ -201,7 +201,8 @@ class Membership:
     def set_identity(self, number: int, identity: Identity) -> Deltas:
         """Add an identity (an id is never reused while an address still maps to it)."""
         before = self._seen([number], self._programs.values())
-        self._identities[number] = identity
+        ports = {(p.name, p.protocol): p.port for p in identity.ports}
+        self._identities[number] = _Known(identity.namespace, dict(identity.labels), ports)
         return self._changed(before)
 
     def delete_identity(self, number: int) -> Deltas:
@@ -238,19 +239,18 @@ class Membership:
                 changed[key] = different
         return changed
 
-    def _value(self, program: Program, identity: Identity) -> bytes | None:
+    def _value(self, program: Program, identity: _Known) -> bytes | None:
         mask = mask_of(
             bit
             for bit, term in enumerate(program.terms)
             if isinstance(term, Pods) and self._selects(term, identity)
         )
-        numbers = {(p.name, p.protocol): p.port for p in identity.ports}
-        ports = [numbers.get(name, 0) for name in program.names]
+        ports = [identity.ports.get(name, 0) for name in program.names]
         if not mask and not any(ports):
             return None
         return program.spec.identity_value(mask, ports)
 
-    def _selects(self, term: Pods, identity: Identity) -> bool:
+    def _selects(self, term: Pods, identity: _Known) -> bool:
         if term.namespace:
             return term.namespace == identity.namespace and term.pods.matches(identity.labels)
         labels = self._namespaces.get(identity.namespace)

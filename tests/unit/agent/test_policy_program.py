@@ -4,8 +4,9 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+from bpfdp_agent.desired.identities import Identity
 from bpfdp_agent.desired.policy import PolicyRefused, normal_rules, read_policy
-from bpfdp_agent.desired.policyprogram import Identity, Membership, Program, program_of
+from bpfdp_agent.desired.policyprogram import Membership, Program, program_of
 from bpfdp_agent.desired.programspec import mask_of
 from bpfdp_agent.model.pods import NamedPort
 from bpfdp_agent.model.policies import Direction
@@ -32,7 +33,7 @@ PROD = LabelSelector(match_labels={"env": "prod"})
 
 def identity(pod: RefPod) -> Identity:
     ports = tuple(NamedPort(n, NUMBERS[p], number) for (n, p), number in pod.ports.items())
-    return Identity(pod.namespace, pod.labels, ports)
+    return Identity(pod.namespace, tuple(sorted(pod.labels.items())), ports)
 
 
 def program(
@@ -153,9 +154,9 @@ def test_membership_is_no_part_of_the_text():
     membership = Membership()
     assert membership.add_program(built) == {}
     ports = (NamedPort("web", 6, 8080),)
-    (delta,) = membership.set_identity(7, Identity("shop", {"app": "web"}, ports)).values()
+    (delta,) = membership.set_identity(7, Identity("shop", (("app", "web"),), ports)).values()
     assert delta == {7: built.spec.identity_value(((0, 1),), [8080])}
-    assert membership.set_identity(8, Identity("shop", {"app": "db"}, ())) == {}
+    assert membership.set_identity(8, Identity("shop", (("app", "db"),), ())) == {}
 
 
 def test_ingress_and_egress_are_different_programs():
@@ -169,14 +170,14 @@ def test_a_program_without_selectors_has_no_identity_map():
     membership = Membership()
     assert not built.spec.by_identity
     assert membership.add_program(built) == {}
-    assert membership.set_identity(1, Identity("shop", {"app": "web"}, ())) == {}
+    assert membership.set_identity(1, Identity("shop", (("app", "web"),), ())) == {}
 
 
 def test_a_namespace_change_concerns_programs_that_select_namespaces():
     own = program(NetworkPolicyIngressRule(from_=(NetworkPolicyPeer(pod_selector=WEB),)))
     prod = program(NetworkPolicyIngressRule(from_=(NetworkPolicyPeer(namespace_selector=PROD),)))
     membership = Membership()
-    membership.set_identity(1, Identity("shop", {"app": "web"}, ()))
+    membership.set_identity(1, Identity("shop", (("app", "web"),), ()))
     membership.add_program(own)
     membership.add_program(prod)
     assert membership.set_namespace("shop", {"env": "test"}) == {}
