@@ -18,8 +18,8 @@ bpf: venv kbuild ## every program through the verifier, packet stories by PROG_T
 api: venv tools ## CRDs and their rules against a real API server
 	$(PYTEST) tests/api -q -p no:cacheprovider --junitxml=$(RESULTS)/api.xml
 
-demo: packages venv kbuild tools image ## bring up a cluster, take it over from kube-proxy, show what it does
+demo: packages venv kbuild tools image cluster ## bring up a cluster, take it over from kube-proxy, show what it does
 	PYTHONPATH=tests $(PY) -m cluster.demo
 
-cluster-test: packages venv kbuild tools image ## the dataplane on a real cluster (root)
+cluster-test: packages venv kbuild tools image cluster ## the dataplane on a real cluster (root)
 	$(PYTEST) tests/cluster -q -x -p no:cacheprovider --junitxml=$(RESULTS)/cluster.xml

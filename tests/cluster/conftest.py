@@ -30,10 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def bed() -> Testbed:
-    """The running testbed; brought up if it is down."""
-    testbed = Testbed()
-    testbed.up()
-    return testbed
+    """The running testbed (`make cluster-test` brings it up)."""
+    return Testbed()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.testbed import Testbed
+from cluster.testbed import Testbed, TestbedError
 
 REPO = Path(__file__).resolve().parents[2]
 CHART = REPO / "charts" / "bpf-dataplane"
@@ -31,7 +31,7 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 90.0) ->
     while time.monotonic() < deadline:
         try:
             last = value = probe()
-        except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        except (TestbedError, KeyError, IndexError, ValueError) as error:
             last, value = error, None
         if value:
             return value
@@ -94,7 +94,7 @@ def kube_proxy_rules(bed: Testbed, node: str) -> int:
         "|EXTERNAL|MARK|POSTROUTING|FORWARD|PROXY)' | wc -l;"
         " nft list ruleset 2>/dev/null | sed -n '/^table ip6* kube-proxy /,/^}/p' | wc -l"
     )
-    return sum(int(n) for n in bed.node_exec(node, ["sh", "-c", script]).split())
+    return sum(int(n) for n in bed.node_exec(node, ["sh", "-c", script]).stdout.split())
 
 
 def uninstall(bed: Testbed, timeout: int = 240) -> None:

@@ -169,7 +169,6 @@ def main() -> None:
     if missing:
         sys.exit("The demo cannot run here. It needs:\n  - " + "\n  - ".join(missing))
     bed = Testbed()
-    bed.up()
     tour: list[Callable[[], None]] = []
     installed = bed.helm("list", "-n", dataplane.NAMESPACE, "-q").split()
     if not installed:

@@ -86,11 +86,11 @@ class Places:
 
     def from_node(self, node: str) -> Run:
         """Run scripts on a node."""
-        return lambda script: self.bed.node_exec(node, ["sh", "-c", script])
+        return lambda script: self.bed.node_exec(node, ["sh", "-c", script]).stdout
 
     def from_outside(self) -> Run:
         """Run scripts on the client outside the cluster."""
-        return lambda script: self.bed.client_exec(["sh", "-c", script])
+        return lambda script: self.bed.client_exec(["sh", "-c", script]).stdout
 
     def place(self, kind: str) -> Run:
         """The first node's client pod, the first node itself, or the outside client."""

@@ -7,11 +7,13 @@ The clients are on the first node (or outside); "local" is that node, "remote" a
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from cluster import dataplane, workloads
 from cluster.places import NODE, OUTSIDE, POD, Places
 from cluster.probes import Answer, Request, ask, ask_one
+from cluster.testbed.settings import BIN
 
 BACKENDS = ("web-local", "web-remote", "host-local", "host-remote")
 PROTOCOLS = ("tcp", "udp")
@@ -120,10 +122,16 @@ def test_dns(shop: Places) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pods_reach_outside_through_the_cnis_masquerade(shop: Places, family: int) -> None:
-    with shop.bed.client_server(8099):
+    agnhost = str(BIN / "agnhost")
+    server = shop.bed.client_start([agnhost, "netexec", "--http-port=8099", "--udp-port=8098"])
+    try:
         address = shop.client_address(family)
         host = f"[{address}]" if family == 6 else address
-        seen = shop.place(POD)(f"curl -gs --connect-timeout 3 -m 5 http://{host}:8099/clientip")
+        script = f"curl -gs --connect-timeout 3 -m 5 http://{host}:8099/clientip"
+        seen = dataplane.wait_for("an answer from outside", lambda: shop.place(POD)(script), 15)
+    finally:
+        server.terminate()
+        server.wait(10)
     node = shop.node_address(shop.nodes[0], family)
     assert seen.strip().rpartition(":")[0].strip("[]").removeprefix("::ffff:") == node
 
@@ -131,8 +139,6 @@ def test_pods_reach_outside_through_the_cnis_masquerade(shop: Places, family: in
 def test_cni_host_port(shop: Places) -> None:
     pod = workloads.server("hostport", shop.nodes[1], host_network=False)
     pod["spec"]["containers"][0]["ports"][0]["hostPort"] = 28080
-    import json
-
     shop.apply(json.dumps(pod))
     shop.wait_ready()
     try:
@@ -144,8 +150,6 @@ def test_cni_host_port(shop: Places) -> None:
 
 
 def test_no_endpoints_is_refused_at_once(shop: Places) -> None:
-    import json
-
     shop.apply(json.dumps(workloads.service("nobody", {"app": "nobody"})))
     try:
         service = shop.service("nobody")

@@ -29,7 +29,7 @@ def agent_pids(bed: Testbed, node: str) -> list[str]:
         "for p in $(pgrep -f '[b]pfdp agent'); do"
         ' [ "$(readlink /proc/$p/ns/net)" = "$(readlink /proc/self/ns/net)" ] && echo $p; done; true'
     )
-    return bed.node_exec(node, ["sh", "-c", script]).split()
+    return bed.node_exec(node, ["sh", "-c", script]).stdout.split()
 
 
 @contextmanager

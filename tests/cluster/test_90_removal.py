@@ -26,7 +26,9 @@ TRACES = (
 
 def traces(bed: Testbed) -> dict[str, str]:
     """What is left of ours on the nodes: pins, devices, filters, rules."""
-    found = {n.name: bed.node_exec(n.name, ["sh", "-c", f"{TRACES}; true"]) for n in bed.nodes}
+    found = {
+        n.name: bed.node_exec(n.name, ["sh", "-c", f"{TRACES}; true"]).stdout for n in bed.nodes
+    }
     return {node: text for node, text in found.items() if text.strip()}
 
 
@@ -35,7 +37,7 @@ def programs_left(bed: Testbed) -> list[str]:
     node = bed.nodes[0].name
     listed = []
     for kind in ("prog", "map"):
-        text = bed.node_exec(node, ["bpftool", "-j", kind, "show"])
+        text = bed.node_exec(node, ["bpftool", "-j", kind, "show"]).stdout
         listed += [str(o.get("name", "")) for o in json.loads(text or "[]")]
     ours = ("from_pod", "to_pod", "from_net", "to_net", "from_tunnel", "frontends", "identities")
     return [name for name in listed if name.startswith(ours)]
