@@ -81,5 +81,15 @@ static __always_inline struct settings *node_settings(void)
 
 static __always_inline int own_address(const addr_t *a)
 {
-    return own_addresses.lookup((addr_t *)a) != NULL;
+    return own_addresses.lookup((struct address_key *)a) != NULL;
+}
+
+static __always_inline struct endpoint *endpoint_of(const addr_t *a)
+{
+    return endpoints.lookup((struct address_key *)a);
+}
+
+static __always_inline struct identity *identity_of(const addr_t *a)
+{
+    return identities.lookup((struct address_key *)a);
 }

@@ -414,7 +414,15 @@ FRAGMENT_KEY = struct_of(
 )
 FRAGMENT = struct_of("fragment", sport="be16", dport="be16")
 
-SOCKET_KEY = struct_of("socket_key", cookie="u64", addr="addr", port="be16", proto="u8", kind="u8")
+SOCKET_KEY = struct_of(
+    "socket_key",
+    cookie_low="u32",  # SO_COOKIE
+    cookie_high="u32",
+    addr="addr",
+    port="be16",
+    proto="u8",
+    kind="u8",
+)
 SOCKET = struct_of("socket", addr="addr", port="be16", pad="u16", backend="u32")
 COUNTER = struct_of("counter", packets="u64")
 
@@ -456,7 +464,7 @@ _ENUMS: tuple[tuple[str, type[enum.IntEnum] | type[enum.IntFlag]], ...] = (
     ("HOOK", Hook),
     ("ACT", Action),
     ("CT", CtFlag),
-    ("TCP_FLAG", TcpFlag),
+    ("TCPF", TcpFlag),
     ("COUNT", Counter),
     ("JUMP", Jump),
     ("POLICY", PolicyDirection),
@@ -465,7 +473,9 @@ _ENUMS: tuple[tuple[str, type[enum.IntEnum] | type[enum.IntFlag]], ...] = (
 
 
 def constants_source() -> str:
-    """Every enum above as C defines."""
-    return "".join(
-        f"#define {prefix}_{member.name} {member.value}\n" for prefix, e in _ENUMS for member in e
-    )
+    """Every enum above, and the policy slots, as C defines."""
+    constants = {f"{prefix}_{m.name}": int(m) for prefix, e in _ENUMS for m in e} | {
+        "POLICY_SLOT_ALLOW": POLICY_SLOT_ALLOW,
+        "POLICY_SLOT_DENY": POLICY_SLOT_DENY,
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items())

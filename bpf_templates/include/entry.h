@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// What every tc hook starts with: known flows are done here, by one lookup; the rest is handed on.
+
+static __always_inline void fill_flow(struct flow *flow, const struct packet *p, __u32 hook)
+{
+    __builtin_memset(flow, 0, sizeof(*flow));
+    __builtin_memcpy(flow, &p->key, sizeof(p->key));
+    flow->new_src = p->key.src;
+    flow->new_dst = p->key.dst;
+    flow->new_sport = p->key.sport;
+    flow->new_dport = p->key.dport;
+    flow->hook = hook;
+    flow->l4 = p->l4;
+    flow->ttl = p->ttl;
+    flow->tcp_flags = p->tcp_flags;
+    flow->fragment = p->fragment;
+}
+
+static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, __u32 hook,
+                                __u32 program)
+{
+    struct flow *flow = policy_flow();
+    if (flow) {
+        fill_flow(flow, p, hook);
+        jumps.call(skb, program);
+    }
+    count(COUNT_DROP_INTERNAL);
+    return TC_ACT_SHOT;
+}
+
+// Once a second: is the next hop still the same, and a UDP flow's backend still there? 0: yes.
+static __always_inline int refresh(struct __sk_buff *skb, const struct packet *p, struct ct *entry,
+                                   __u64 now)
+{
+    entry->checked = now;
+    if (p->key.proto == IPPROTO_UDP && entry->backend && backend_gone(entry))
+        return -1;
+    if (entry->action == ACT_NEIGH)
+        find_route(skb, entry);
+    return 0;
+}
+
+// A known flow's packet. 0: the flow is over, and the packet opens another one.
+static __always_inline int established(struct __sk_buff *skb, const struct packet *p,
+                                       struct ct *entry, __u32 hook, int *verdict)
+{
+    __u64 now = bpf_ktime_get_coarse_ns();
+    if (unlikely(p->tcp_flags & (TCPF_SYN | TCPF_FIN | TCPF_RST))) {
+        if (opens_anew(entry, p->tcp_flags))
+            return 0;
+        note_tcp(entry, p->tcp_flags);
+    }
+    if (unlikely(now - entry->checked > SECOND) && refresh(skb, p, entry, now) < 0)
+        return 0;
+    entry->last_seen = now;
+    entry->packets++;
+    entry->bytes += skb->len;
+    count(COUNT_ESTABLISHED);
+    *verdict = forward(skb, p, entry, hook);
+    return 1;
+}
+
+// A fragment whose ports nobody knows is nothing that a policy could allow.
+static __always_inline int lost_fragment(struct __sk_buff *skb, const struct packet *p, __u32 hook)
+{
+    addr_t pod = hook == HOOK_FROM_POD ? p->key.src : p->key.dst;
+    struct endpoint *endpoint = endpoint_of(&pod);
+    if (hook == HOOK_FROM_POD) {
+        if (!endpoint || endpoint->ifindex != skb->ifindex) {
+            count(COUNT_DROP_SPOOFED);
+            return TC_ACT_SHOT;
+        }
+        if (!endpoint->egress_slot)
+            return TC_ACT_UNSPEC;
+    } else if (hook == HOOK_TO_NET || (hook != HOOK_FROM_TUNNEL &&
+                                       (!endpoint || !endpoint->ingress_slot))) {
+        return TC_ACT_UNSPEC;
+    }
+    count(COUNT_DROP_FRAGMENT);
+    return TC_ACT_SHOT;
+}
+
+static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p, __u32 hook,
+                                   int parsed)
+{
+    if (parsed == PARSED_PASS)
+        return TC_ACT_UNSPEC;
+    if (parsed == PARSED_ICMP_ERROR)
+        return jump(skb, p, hook, JUMP_ICMP_ERROR);
+    if (parsed == PARSED_LOST_FRAGMENT)
+        return lost_fragment(skb, p, hook);
+    if (hook == HOOK_TO_NET)
+        return TC_ACT_UNSPEC;
+    count(COUNT_DROP_MALFORMED);
+    return TC_ACT_SHOT;
+}
+
+// Is the entry for packets that arrive here? (A pod's address on another interface is a forgery.)
+static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct *entry, __u32 hook)
+{
+    if (hook == HOOK_TO_NET)
+        return entry->flags & CT_HOST_REPLY;
+    if (hook == HOOK_TO_POD)
+        return 1;
+    return !entry->in_ifindex || entry->in_ifindex == skb->ifindex;
+}
+
+static __always_inline int handle(struct __sk_buff *skb, __u32 hook)
+{
+    struct packet p = {};
+    int parsed = parse(skb, &p);
+    if (unlikely(parsed != PARSED_FLOW))
+        return unusual(skb, &p, hook, parsed);
+
+    struct ct *entry = ct.lookup(&p.key);
+    int verdict = TC_ACT_SHOT;
+    if (likely(entry && entry_applies(skb, entry, hook)) &&
+        established(skb, &p, entry, hook, &verdict))
+        return verdict;
+    if (hook == HOOK_TO_NET)
+        return TC_ACT_UNSPEC;
+    if (hook == HOOK_FROM_NET && p.key.proto == IPPROTO_TCP && !is_opening(p.tcp_flags))
+        return TC_ACT_UNSPEC; // a flow older than we are: the stack knows, and to_pod judges
+    return jump(skb, &p, hook, JUMP_NEW_FLOW);
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// From a service's address to one backend. Used per packet (tc) and per socket (cgroup).
+
+static __always_inline struct frontend *frontend_of(const addr_t *dst, __be16 port, __u8 proto)
+{
+    struct frontend_key key = {.addr = *dst, .port = port, .proto = proto};
+    return frontends.lookup(&key);
+}
+
+// A NodePort: the caller knows that the packet is for a node's own address.
+static __always_inline struct frontend *frontend_of_node(__be16 port, __u8 proto)
+{
+    struct frontend_key key = {.port = port, .proto = proto};
+    return frontends.lookup(&key);
+}
+
+// loadBalancerSourceRanges: only clients within one of the ranges.
+static __always_inline int client_allowed(const struct frontend *frontend, const addr_t *client)
+{
+    if (!(frontend->flags & FRONTEND_SOURCE_RANGES))
+        return 1;
+    struct source_range_key key = {
+        .prefixlen = 32 + ADDR_BITS, .service = frontend->service, .addr = *client};
+    return source_ranges.lookup(&key) != NULL;
+}
+
+// The client's last backend, while it is in the list and the timeout has not passed.
+static __always_inline struct backend *affine_backend(const struct frontend *frontend, __u32 list,
+                                                      const struct affinity_key *key, __u64 now,
+                                                      __u32 *id)
+{
+    struct affinity *last = affinity.lookup((struct affinity_key *)key);
+    if (!last || now - last->last_seen > frontend->affinity_seconds * SECOND)
+        return NULL;
+    struct member_key member = {.list = list, .backend = last->backend};
+    if (!members.lookup(&member))
+        return NULL;
+    *id = last->backend;
+    return backends.lookup(id);
+}
+
+// One backend of a list with `size` slots. A slot can be missing while the list shrinks: the first
+// one is missing last.
+static __always_inline struct backend *random_backend(__u32 list, __u32 size, __u32 *id)
+{
+    struct slot_key slot = {.list = list};
+    slot.slot = bpf_get_prandom_u32() % size;
+    __u32 *found = slots.lookup(&slot);
+    if (!found) {
+        slot.slot = 0;
+        found = slots.lookup(&slot);
+    }
+    if (!found)
+        return NULL;
+    *id = *found;
+    return backends.lookup(id);
+}
+
+static __always_inline struct backend *
+choose_backend(const struct frontend *frontend, __u32 kind, const addr_t *client, __u32 *id)
+{
+    __u32 size = kind == LIST_LOCAL ? frontend->local_count : frontend->cluster_count;
+    __u32 list = frontend->service * 2 + kind;
+    struct backend *backend = NULL;
+    if (!size)
+        return NULL;
+    if (!frontend->affinity_seconds)
+        return random_backend(list, size, id);
+
+    struct affinity_key key = {.client = *client, .service = frontend->service};
+    __u64 now = bpf_ktime_get_coarse_ns();
+    backend = affine_backend(frontend, list, &key, now, id);
+    if (!backend)
+        backend = random_backend(list, size, id);
+    if (backend) {
+        struct affinity seen = {.last_seen = now, .backend = *id};
+        affinity.update(&key, &seen);
+    }
+    return backend;
+}
