@@ -97,7 +97,7 @@ def problems_of(world: World, config: Config, plan: Plan) -> list[Problem]:
         found.append(Problem(Reason.KERNEL_UNSUPPORTED, unsupported_text(unsupported)))
     found += _node_errors(nodes)
     if config.wanted:
-        found += _nodes_down(nodes)
+        found += _nodes_down(nodes, world.deployment.namespace)
     return found + list(plan.problems)
 
 
@@ -123,7 +123,7 @@ def _node_errors(nodes: tuple[NodeView, ...]) -> list[Problem]:
     return found
 
 
-def _nodes_down(nodes: tuple[NodeView, ...]) -> list[Problem]:
+def _nodes_down(nodes: tuple[NodeView, ...], namespace: str) -> list[Problem]:
     """Nodes that are not Ready, and agents that are not, each named once."""
     found = []
     dark = [n for n in nodes if not n.node_ready]
@@ -136,8 +136,8 @@ def _nodes_down(nodes: tuple[NodeView, ...]) -> list[Problem]:
         down = [n for n in down if n.reported]
         going_on = "; forwarding goes on" if all(n.attached for n in down) else ""
         text = (
-            f"Agent not ready on {name_list(n.name for n in down)}{going_on}. See the pod's log: "
-            "kubectl logs -l app.kubernetes.io/component=agent --all-containers -n NAMESPACE."
+            f"Agent not ready on {name_list(n.name for n in down)}{going_on}. See why: "
+            f"kubectl -n {namespace} get pods -l app.kubernetes.io/component=agent -o wide"
         )
         found.append(Problem(Reason.AGENT_NOT_READY, text))
     complaining = [n for n in nodes if n.agent_ready and n.not_ready_because and not n.error_reason]
@@ -164,7 +164,8 @@ def _available(config: Config, plan: Plan) -> Verdict:
         return Verdict(
             "False", Reason.KERNEL_UNSUPPORTED, unsupported_text(plan.survey.unsupported)
         )
-    if config.spec.kube_proxy_management == "Enabled" and not plan.problems:
+    taking = config.spec.kube_proxy_management == "Enabled" and not config.spec.paused
+    if taking and not plan.problems:
         replaced = _replaced(config, plan)
         if replaced.status != "True":
             return replaced
