@@ -27,7 +27,7 @@ from bpfdp_agent.bpf.syscall import AttachType
 from bpfdp_agent.dataplane.pins import Pins, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
     from pathlib import Path
 
 Kind = Literal["TCX", "TC"]
@@ -257,6 +257,16 @@ def _remove_link(pin: Path) -> None:
 # -- clsact filters ---------------------------------------------------------------------------
 
 
+@contextlib.asynccontextmanager
+async def _netlink(doing: str) -> AsyncIterator[Any]:
+    """A netlink socket whose errors come out as AttachFailed."""
+    try:
+        async with pyroute2.AsyncIPRoute() as netlink:
+            yield netlink
+    except pyroute2.NetlinkError as error:
+        raise AttachFailed(f"cannot {doing}: {error}") from error
+
+
 async def _attach_filter(hook: Hook, ifindex: int, family: int, program: int) -> None:
     async with pyroute2.AsyncIPRoute() as netlink:
         with _passing_over(errno.EEXIST):
@@ -276,13 +286,13 @@ async def _attach_filter(hook: Hook, ifindex: int, family: int, program: int) ->
 
 
 async def _remove_filter(hook: Hook, ifindex: int, family: int) -> None:
-    async with pyroute2.AsyncIPRoute() as netlink:
+    async with _netlink(f"remove {hook}{family} from {interface_name(ifindex)}") as netlink:
         filters = await _filters_of(netlink, ifindex)
         await _delete(netlink, [a for a in filters if (a.hook, a.family) == (hook, family)])
 
 
 async def _remove_filters(filters: Iterable[Attachment]) -> None:
-    async with pyroute2.AsyncIPRoute() as netlink:
+    async with _netlink("remove filters") as netlink:
         await _delete(netlink, list(filters))
 
 
@@ -308,7 +318,7 @@ async def _delete(netlink: Any, filters: list[Attachment]) -> None:
 async def _filters() -> list[Attachment]:
     """Every filter of ours on every device that has a clsact qdisc."""
     found: list[Attachment] = []
-    async with pyroute2.AsyncIPRoute() as netlink:
+    async with _netlink("list filters") as netlink:
         indexes = {
             qdisc["index"]
             async for qdisc in await netlink.get_qdiscs()

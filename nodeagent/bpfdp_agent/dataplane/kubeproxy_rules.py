@@ -26,11 +26,12 @@ _NFT_TABLE = "kube-proxy"
 KEEP_TABLE = "bpfdp_nat_keep"
 _LOCK_SECONDS = "10"
 _NAT_HOOKS = (
-    ("prerouting", "dstnat"),
-    ("input", "srcnat"),
-    ("output", "dstnat"),
-    ("postrouting", "srcnat"),
+    ("prerouting", -100),
+    ("input", 100),
+    ("output", -100),
+    ("postrouting", 100),
 )
+"""With the kernel's priorities of destination and source NAT (NF_IP_PRI_NAT_DST, _SRC)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyroute2
 
+from bpfdp_agent.bpf.errors import DeviceFailed
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
@@ -63,8 +65,22 @@ def number_of_netns(descriptor: int) -> int:
     return -1 if number == _NO_NSID else int(number)
 
 
+@contextlib.contextmanager
+def netlink_errors(doing: str) -> Iterator[None]:
+    """Turn pyroute2's errors into DeviceFailed."""
+    try:
+        yield
+    except pyroute2.NetlinkError as error:
+        raise DeviceFailed(f"cannot {doing}: {error}") from error
+
+
 async def fetch_links() -> list[Link]:
-    """The same for an event loop."""
+    """The same for an event loop. Raises DeviceFailed."""
+    with netlink_errors("read this node's devices"):
+        return await _fetch_links()
+
+
+async def _fetch_links() -> list[Link]:
     async with pyroute2.AsyncIPRoute() as netlink:
         links = [each async for each in await netlink.get_links()]
         addresses = [each async for each in await netlink.get_addr()]

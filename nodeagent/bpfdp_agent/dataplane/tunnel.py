@@ -14,6 +14,7 @@ from typing import Any
 import pyroute2
 
 from bpfdp_agent.bpf.errors import DeviceFailed
+from bpfdp_agent.dataplane.links import netlink_errors
 
 DEVICE = "bpfdp_vxlan"
 _NEW_DEVICE = "bpfdp_vxlan_new"
@@ -36,7 +37,12 @@ async def ensure(port: int, mtu: int) -> int:
 
 
 async def remove() -> bool:
-    """Remove the device; False when there was none."""
+    """Remove the device; False when there was none. Raises DeviceFailed."""
+    with netlink_errors(f"remove {DEVICE}"):
+        return await _remove()
+
+
+async def _remove() -> bool:
     async with pyroute2.AsyncIPRoute() as netlink:
         links = [await _find(netlink, name) for name in (DEVICE, _NEW_DEVICE)]
         found = [link for link in links if link is not None]
