@@ -66,8 +66,13 @@ CGROUP_HOOKS = {
     "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
     "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
     "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+    "connect6_mapped": AttachType.CGROUP_INET6_CONNECT,
+    "sendmsg6_mapped": AttachType.CGROUP_UDP6_SENDMSG,
+    "recvmsg6_mapped": AttachType.CGROUP_UDP6_RECVMSG,
+    "getpeername6_mapped": AttachType.CGROUP_INET6_GETPEERNAME,
 }
-"""cgroup hooks by name, with the attach type their programs are loaded with."""
+"""cgroup hooks by name, with the attach type their programs are loaded with. `_mapped`: the IPv4
+program for IPv6 sockets that talk IPv4, beside the IPv6 one."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
