@@ -23,8 +23,7 @@
 #define FAMILY_AF 10
 #endif
 
-static __always_inline int addr_equal(const addr_t *a, const addr_t *b)
-{
+static __always_inline int addr_equal(const addr_t *a, const addr_t *b) {
 #if FAMILY == 4
     return a->w[0] == b->w[0];
 #else
@@ -33,8 +32,7 @@ static __always_inline int addr_equal(const addr_t *a, const addr_t *b)
 }
 
 // A node's address as the 16 bytes of `nodes`: IPv4 as ::ffff:a.b.c.d.
-static __always_inline void addr_to_node(const addr_t *a, struct node_key *node)
-{
+static __always_inline void addr_to_node(const addr_t *a, struct node_key *node) {
     __be32 *w = (__be32 *)node->addr;
 #if FAMILY == 4
     w[0] = 0;
@@ -49,8 +47,7 @@ static __always_inline void addr_to_node(const addr_t *a, struct node_key *node)
 #endif
 }
 
-static __always_inline void copy_node(__u8 *to, const __u8 *from)
-{
+static __always_inline void copy_node(__u8 *to, const __u8 *from) {
     __be32 *t = (__be32 *)to;
     const __be32 *f = (const __be32 *)from;
     t[0] = f[0];
@@ -59,37 +56,31 @@ static __always_inline void copy_node(__u8 *to, const __u8 *from)
     t[3] = f[3];
 }
 
-static __always_inline int same_node(const __u8 *a, const __u8 *b)
-{
+static __always_inline int same_node(const __u8 *a, const __u8 *b) {
     const __be32 *x = (const __be32 *)a;
     const __be32 *y = (const __be32 *)b;
     return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3];
 }
 
-static __always_inline void count(__u32 reason)
-{
+static __always_inline void count(__u32 reason) {
     struct counter *c = counters.lookup(&reason);
     if (c)
         c->packets++;
 }
 
-static __always_inline struct settings *node_settings(void)
-{
+static __always_inline struct settings *node_settings(void) {
     __u32 zero = 0;
     return settings.lookup(&zero);
 }
 
-static __always_inline int own_address(const addr_t *a)
-{
+static __always_inline int own_address(const addr_t *a) {
     return own_addresses.lookup((struct address_key *)a) != NULL;
 }
 
-static __always_inline struct endpoint *endpoint_of(const addr_t *a)
-{
+static __always_inline struct endpoint *endpoint_of(const addr_t *a) {
     return endpoints.lookup((struct address_key *)a);
 }
 
-static __always_inline struct identity *identity_of(const addr_t *a)
-{
+static __always_inline struct identity *identity_of(const addr_t *a) {
     return identities.lookup((struct address_key *)a);
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What every tc hook starts with: known flows are done here, by one lookup; the rest is handed on.
 
-static __always_inline void fill_flow(struct flow *flow, const struct packet *p, __u32 hook)
-{
+static __always_inline void fill_flow(struct flow *flow, const struct packet *p, __u32 hook) {
     __builtin_memset(flow, 0, sizeof(*flow));
     __builtin_memcpy(flow, &p->key, sizeof(p->key));
     flow->new_src = p->key.src;
@@ -17,8 +16,7 @@ static __always_inline void fill_flow(struct flow *flow, const struct packet *p,
 }
 
 static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, __u32 hook,
-                                __u32 program)
-{
+                                __u32 program) {
     struct flow *flow = policy_flow();
     if (flow) {
         fill_flow(flow, p, hook);
@@ -30,8 +28,7 @@ static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, _
 
 // Once a second: is the next hop still the same, and a UDP flow's backend still there? 0: yes.
 static __always_inline int refresh(struct __sk_buff *skb, const struct packet *p, struct ct *entry,
-                                   __u64 now)
-{
+                                   __u64 now) {
     entry->checked = now;
     if (p->key.proto == IPPROTO_UDP && entry->backend && backend_gone(entry))
         return -1;
@@ -42,8 +39,7 @@ static __always_inline int refresh(struct __sk_buff *skb, const struct packet *p
 
 // A known flow's packet. 0: the flow is over, and the packet opens another one.
 static __always_inline int established(struct __sk_buff *skb, const struct packet *p,
-                                       struct ct *entry, __u32 hook, int *verdict)
-{
+                                       struct ct *entry, __u32 hook, int *verdict) {
     __u64 now = bpf_ktime_get_coarse_ns();
     if (unlikely(p->tcp_flags & (TCPF_SYN | TCPF_FIN | TCPF_RST))) {
         if (opens_anew(entry, p->tcp_flags))
@@ -61,8 +57,8 @@ static __always_inline int established(struct __sk_buff *skb, const struct packe
 }
 
 // A fragment whose ports nobody knows is nothing that a policy could allow.
-static __always_inline int lost_fragment(struct __sk_buff *skb, const struct packet *p, __u32 hook)
-{
+static __always_inline int lost_fragment(struct __sk_buff *skb, const struct packet *p,
+                                         __u32 hook) {
     addr_t pod = hook == HOOK_FROM_POD ? p->key.src : p->key.dst;
     struct endpoint *endpoint = endpoint_of(&pod);
     if (hook == HOOK_FROM_POD) {
@@ -72,8 +68,8 @@ static __always_inline int lost_fragment(struct __sk_buff *skb, const struct pac
         }
         if (!endpoint->egress_slot)
             return TC_ACT_UNSPEC;
-    } else if (hook == HOOK_TO_NET || (hook != HOOK_FROM_TUNNEL &&
-                                       (!endpoint || !endpoint->ingress_slot))) {
+    } else if (hook == HOOK_TO_NET ||
+               (hook != HOOK_FROM_TUNNEL && (!endpoint || !endpoint->ingress_slot))) {
         return TC_ACT_UNSPEC;
     }
     count(COUNT_DROP_FRAGMENT);
@@ -81,8 +77,7 @@ static __always_inline int lost_fragment(struct __sk_buff *skb, const struct pac
 }
 
 static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p, __u32 hook,
-                                   int parsed)
-{
+                                   int parsed) {
     if (parsed == PARSED_PASS)
         return TC_ACT_UNSPEC;
     if (parsed == PARSED_ICMP_ERROR)
@@ -96,8 +91,8 @@ static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p
 }
 
 // Is the entry for packets that arrive here? (A pod's address on another interface is a forgery.)
-static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct *entry, __u32 hook)
-{
+static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct *entry,
+                                         __u32 hook) {
     if (hook == HOOK_TO_NET)
         return entry->flags & CT_HOST_REPLY;
     if (hook == HOOK_TO_POD)
@@ -105,8 +100,7 @@ static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct 
     return !entry->in_ifindex || entry->in_ifindex == skb->ifindex;
 }
 
-static __always_inline int handle(struct __sk_buff *skb, __u32 hook)
-{
+static __always_inline int handle(struct __sk_buff *skb, __u32 hook) {
     struct packet p = {};
     int parsed = parse(skb, &p);
     if (unlikely(parsed != PARSED_FLOW))

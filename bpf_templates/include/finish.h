@@ -5,8 +5,7 @@
 #define FIRST_EPHEMERAL 32768
 #define EPHEMERALS 28232
 
-static __always_inline void flow_packet(const struct flow *flow, struct packet *p)
-{
+static __always_inline void flow_packet(const struct flow *flow, struct packet *p) {
     __builtin_memcpy(&p->key, flow, sizeof(p->key));
     p->l4 = flow->l4;
     p->ttl = flow->ttl;
@@ -14,8 +13,7 @@ static __always_inline void flow_packet(const struct flow *flow, struct packet *
     p->fragment = flow->fragment;
 }
 
-static __always_inline void set_differences(struct ct *entry, const struct ct_key *key)
-{
+static __always_inline void set_differences(struct ct *entry, const struct ct_key *key) {
     addr_t from[2] = {key->src, key->dst};
     addr_t to[2] = {entry->new_src, entry->new_dst};
     __be32 from_ports = key->sport | (__u32)key->dport << 16;
@@ -28,8 +26,7 @@ static __always_inline void set_differences(struct ct *entry, const struct ct_ke
     entry->flags |= CT_NAT;
 }
 
-static __always_inline void forward_entry(const struct flow *flow, __u64 now, struct ct *entry)
-{
+static __always_inline void forward_entry(const struct flow *flow, __u64 now, struct ct *entry) {
     entry->last_seen = now;
     entry->checked = now;
     entry->in_ifindex = flow->in_ifindex;
@@ -46,8 +43,7 @@ static __always_inline void forward_entry(const struct flow *flow, __u64 now, st
         copy_node(entry->nexthop, flow->node);
 }
 
-static __always_inline void reply_entry(const struct flow *flow, __u64 now, struct ct *entry)
-{
+static __always_inline void reply_entry(const struct flow *flow, __u64 now, struct ct *entry) {
     entry->last_seen = now;
     entry->in_ifindex = flow->reply_in_ifindex;
     entry->ifindex = flow->reply_ifindex;
@@ -67,8 +63,7 @@ static __always_inline void reply_entry(const struct flow *flow, __u64 now, stru
 
 // Replies of two flows may look alike (one client port, two services, one backend): then the
 // second flow gets another source port. 1: the key is free, or was this very flow's.
-static __always_inline int key_is_free(const struct ct_key *key, const struct flow *flow)
-{
+static __always_inline int key_is_free(const struct ct_key *key, const struct flow *flow) {
     struct ct *other = ct.lookup((struct ct_key *)key);
     if (!other || flow_closed(other, flow->proto))
         return 1;
@@ -77,8 +72,7 @@ static __always_inline int key_is_free(const struct ct_key *key, const struct fl
 }
 
 static __always_inline int reserve_reply_key(const struct flow *flow, struct ct *entry,
-                                             struct ct_key *key)
-{
+                                             struct ct_key *key) {
     reply_key(entry, flow->proto, key);
     if (flow->proto != IPPROTO_TCP && flow->proto != IPPROTO_UDP)
         return 1;
@@ -94,8 +88,7 @@ static __always_inline int reserve_reply_key(const struct flow *flow, struct ct 
 }
 
 static __always_inline int store_flow(struct __sk_buff *skb, const struct flow *flow,
-                                      const struct packet *p, struct ct *entry)
-{
+                                      const struct packet *p, struct ct *entry) {
     __u64 now = bpf_ktime_get_coarse_ns();
     struct ct_key key;
     forward_entry(flow, now, entry);
@@ -117,8 +110,7 @@ static __always_inline int store_flow(struct __sk_buff *skb, const struct flow *
     return ct.update((struct ct_key *)&p->key, entry) < 0 ? -1 : 0;
 }
 
-static __always_inline int finish_flow(struct __sk_buff *skb)
-{
+static __always_inline int finish_flow(struct __sk_buff *skb) {
     struct flow *flow = policy_flow();
     struct packet p = {};
     struct ct entry = {};

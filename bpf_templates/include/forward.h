@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What an entry says is done to the packet: route, rewrite, deliver.
 
-#define FIB_SKIP_NEIGHBOUR 2         // BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3
-#define CSUM_IPV6 (1ULL << 7)        // BPF_F_IPV6, Linux 6.16
-#define HOST_IN_MARK 0x62706470      // from_tunnel to from_net: deliver this one to the node itself
-#define TTL_STEP 0xfffe              // ones' complement of 1: ttl is the low byte of its word
-#define HOP_LIMIT_STEP 0xfeff        // hop limit is the high byte of its word
+#define FIB_SKIP_NEIGHBOUR 2    // BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3
+#define CSUM_IPV6 (1ULL << 7)   // BPF_F_IPV6, Linux 6.16
+#define HOST_IN_MARK 0x62706470 // from_tunnel to from_net: deliver this one to the node itself
+#define TTL_STEP 0xfffe         // ones' complement of 1: ttl is the low byte of its word
+#define HOP_LIMIT_STEP 0xfeff   // hop limit is the high byte of its word
 
 // BCC 0.26 declares this helper without its size argument.
 static long (*redirect_neighbour)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
                                   __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
-static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib)
-{
+static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib) {
     long found = bpf_fib_lookup(skb, fib, sizeof(*fib), FIB_SKIP_NEIGHBOUR);
     if (found < 0) { // a kernel without the flag
         fib->tot_len = 0;
@@ -23,8 +22,7 @@ static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_loo
 
 // Next hop of the entry's packets. ifindex 0, the stack, where the route does not lead out of the
 // data interface.
-static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry)
-{
+static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry) {
     struct settings *node = node_settings();
     struct bpf_fib_lookup fib = {.family = FAMILY_AF, .ifindex = skb->ifindex};
     fib.tot_len = 1; // asks for the route's MTU
@@ -56,19 +54,17 @@ static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry)
     entry->ifindex = fib.ifindex;
 }
 
-static __always_inline int too_big(const struct __sk_buff *skb, const struct ct *entry)
-{
+static __always_inline int too_big(const struct __sk_buff *skb, const struct ct *entry) {
     return entry->mtu && skb->len > (__u32)entry->mtu + ETH_HLEN && !skb->gso_size;
 }
 
-static __always_inline __u32 fold(__u32 sum)
-{
+static __always_inline __u32 fold(__u32 sum) {
     sum = (sum & 0xffff) + (sum >> 16);
     return (sum & 0xffff) + (sum >> 16);
 }
 
-static __always_inline long replace_pseudo(struct __sk_buff *skb, __u32 at, __u32 diff, __u64 flags)
-{
+static __always_inline long replace_pseudo(struct __sk_buff *skb, __u32 at, __u32 diff,
+                                           __u64 flags) {
 #if FAMILY == 4
     return bpf_l4_csum_replace(skb, at, 0, diff, flags | BPF_F_PSEUDO_HDR);
 #else
@@ -82,8 +78,7 @@ static __always_inline long replace_pseudo(struct __sk_buff *skb, __u32 at, __u3
 // The transport checksum: addresses through the pseudo header, ports apart, so that it is right
 // for packets whose checksum is yet to be computed too. A UDP checksum of 0 means none.
 static __always_inline long replace_checksum(struct __sk_buff *skb, __u32 l4, __u8 proto,
-                                             const struct ct *entry)
-{
+                                             const struct ct *entry) {
     __u32 at;
     __u64 flags = 0;
     if (proto == IPPROTO_TCP) {
@@ -101,8 +96,7 @@ static __always_inline long replace_checksum(struct __sk_buff *skb, __u32 l4, __
 }
 
 // The network header: addresses of the entry, and one hop less when the stack is passed by.
-static __always_inline int rewrite_network(struct __sk_buff *skb, const struct ct *entry, int hop)
-{
+static __always_inline int rewrite_network(struct __sk_buff *skb, const struct ct *entry, int hop) {
 #if FAMILY == 4
     struct iphdr *ip = frame(skb) + ETH_HLEN;
     if ((void *)(ip + 1) > frame_end(skb))
@@ -135,8 +129,7 @@ static __always_inline int rewrite_network(struct __sk_buff *skb, const struct c
 }
 
 static __always_inline int rewrite_transport(struct __sk_buff *skb, const struct packet *p,
-                                             const struct ct *entry)
-{
+                                             const struct ct *entry) {
     __u32 l4 = p->l4;
     __u8 proto = p->key.proto;
     if (p->fragment == FRAGMENT_LATER || proto == FAMILY_ICMP)
@@ -153,8 +146,7 @@ static __always_inline int rewrite_transport(struct __sk_buff *skb, const struct
     return replace_checksum(skb, l4, proto, entry);
 }
 
-static __always_inline int deliver_neighbour(const struct ct *entry)
-{
+static __always_inline int deliver_neighbour(const struct ct *entry) {
     const __be32 *hop = (const __be32 *)entry->nexthop;
     struct bpf_redir_neigh neighbour = {};
     if (FAMILY == 6 || entry->flags & CT_NEXTHOP6) {
@@ -167,8 +159,7 @@ static __always_inline int deliver_neighbour(const struct ct *entry)
     return redirect_neighbour(entry->ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
-static __always_inline int deliver_tunnel(struct __sk_buff *skb, const struct ct *entry)
-{
+static __always_inline int deliver_tunnel(struct __sk_buff *skb, const struct ct *entry) {
     const __be32 *peer = (const __be32 *)entry->nexthop;
     struct settings *node = node_settings();
     struct bpf_tunnel_key key = {.tunnel_ttl = 64};
@@ -189,11 +180,11 @@ static __always_inline int deliver_tunnel(struct __sk_buff *skb, const struct ct
     return bpf_redirect(entry->ifindex, 0);
 }
 
-static __always_inline int deliver(struct __sk_buff *skb, const struct ct *entry, __u8 action)
-{
+static __always_inline int deliver(struct __sk_buff *skb, const struct ct *entry, __u8 action) {
     switch (action) {
     case ACT_PEER:
-        if (skb->pkt_type != PACKET_HOST) // addressed to another pod of a bridge, or to the first node
+        if (skb->pkt_type !=
+            PACKET_HOST) // addressed to another pod of a bridge, or to the first node
             bpf_skb_change_type(skb, PACKET_HOST);
         return bpf_redirect_peer(entry->ifindex, 0);
     case ACT_NEIGH:
@@ -209,8 +200,7 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct ct *entry
 }
 
 // At the egress hooks the packet is on its way already; only a reply into the tunnel turns off.
-static __always_inline __u8 action_at(__u32 hook, const struct ct *entry)
-{
+static __always_inline __u8 action_at(__u32 hook, const struct ct *entry) {
     __u8 action = entry->action;
     if (hook == HOOK_TO_POD || (hook == HOOK_TO_NET && action != ACT_TUNNEL))
         return ACT_STACK;
@@ -219,15 +209,13 @@ static __always_inline __u8 action_at(__u32 hook, const struct ct *entry)
     return action;
 }
 
-static __always_inline int passes_stack_by(__u8 action)
-{
+static __always_inline int passes_stack_by(__u8 action) {
     return action == ACT_PEER || action == ACT_NEIGH || action == ACT_TUNNEL;
 }
 
 // Before anything is written: packets that the stack must answer go to it. 0: forward.
 static __always_inline int stack_answers(struct __sk_buff *skb, const struct packet *p,
-                                         const struct ct *entry, __u8 *action)
-{
+                                         const struct ct *entry, __u8 *action) {
     if (!passes_stack_by(*action))
         return 0;
     if (unlikely(p->ttl <= 1)) {
@@ -246,8 +234,7 @@ static __always_inline int stack_answers(struct __sk_buff *skb, const struct pac
 }
 
 static __always_inline int forward(struct __sk_buff *skb, const struct packet *p,
-                                   const struct ct *entry, __u32 hook)
-{
+                                   const struct ct *entry, __u32 hook) {
     __u8 action = action_at(hook, entry);
     if (stack_answers(skb, p, entry, &action))
         return TC_ACT_UNSPEC;

@@ -3,22 +3,19 @@
 
 #define FLOW_HAIRPIN 1
 
-static __always_inline int drop(__u32 reason)
-{
+static __always_inline int drop(__u32 reason) {
     count(reason);
     return TC_ACT_SHOT;
 }
 
-static __always_inline int to_stack(void)
-{
+static __always_inline int to_stack(void) {
     count(COUNT_STACK);
     return TC_ACT_UNSPEC;
 }
 
 // Runs the flow's policies, the source pod's first, and then `finish`.
 static __always_inline int judge(struct __sk_buff *skb, struct flow *flow, __u32 egress_slot,
-                                 __u32 ingress_slot)
-{
+                                 __u32 ingress_slot) {
     struct settings *node = node_settings();
     if (!node || node->flags & SETTINGS_POLICY_DISABLED)
         egress_slot = ingress_slot = POLICY_SLOT_ALLOW;
@@ -32,8 +29,7 @@ static __always_inline int judge(struct __sk_buff *skb, struct flow *flow, __u32
 
 // The service that the flow's destination belongs to. A marker is found for an undefined port of a
 // ClusterIP; it has no backends.
-static __always_inline struct frontend *find_frontend(struct flow *flow)
-{
+static __always_inline struct frontend *find_frontend(struct flow *flow) {
     struct frontend *frontend = frontend_of(&flow->dst, flow->dport, flow->proto);
     if (frontend)
         return frontend;
@@ -53,8 +49,7 @@ enum { CHOSEN, CHOICE_REJECT, CHOICE_DROP };
 
 // Puts the chosen backend's address into the flow. A drop is counted.
 static __always_inline int choose(struct flow *flow, struct frontend *frontend,
-                                  struct backend **backend)
-{
+                                  struct backend **backend) {
     int internal = flow->hook == HOOK_FROM_POD;
     __u32 local = internal ? FRONTEND_INTERNAL_LOCAL : FRONTEND_EXTERNAL_LOCAL;
     __u32 silent = internal ? FRONTEND_INTERNAL_DROP : FRONTEND_EXTERNAL_DROP;
@@ -81,8 +76,7 @@ static __always_inline int choose(struct flow *flow, struct frontend *frontend,
     return CHOSEN;
 }
 
-static __always_inline void hairpin(struct flow *flow, const struct settings *node)
-{
+static __always_inline void hairpin(struct flow *flow, const struct settings *node) {
 #if FAMILY == 4
     __builtin_memcpy(&flow->new_src, node->node4, sizeof(addr_t));
 #else
@@ -94,8 +88,7 @@ static __always_inline void hairpin(struct flow *flow, const struct settings *no
 // From a pod of this node: to a pod of this node or another one past the stack, else through it.
 static __always_inline int route_from_pod(struct __sk_buff *skb, struct flow *flow,
                                           const struct endpoint *source,
-                                          const struct endpoint *target)
-{
+                                          const struct endpoint *target) {
     __u32 ingress_slot = 0;
     flow->in_ifindex = source->ifindex;
     flow->action = ACT_STACK;
@@ -117,8 +110,7 @@ static __always_inline int route_from_pod(struct __sk_buff *skb, struct flow *fl
     return judge(skb, flow, source->egress_slot, ingress_slot);
 }
 
-static __always_inline int flow_from_pod(struct __sk_buff *skb, struct flow *flow)
-{
+static __always_inline int flow_from_pod(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
     struct endpoint *source = endpoint_of(&flow->src);
@@ -147,16 +139,14 @@ static __always_inline int flow_from_pod(struct __sk_buff *skb, struct flow *flo
 
 // Into a pod of this node, from outside or through the tunnel.
 static __always_inline int route_into_pod(struct __sk_buff *skb, struct flow *flow,
-                                          const struct endpoint *target)
-{
+                                          const struct endpoint *target) {
     flow->action = ACT_PEER;
     flow->ifindex = target->ifindex;
     flow->reply_in_ifindex = target->ifindex;
     return judge(skb, flow, POLICY_SLOT_ALLOW, target->ingress_slot);
 }
 
-static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flow)
-{
+static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
     if (!node || endpoint_of(&flow->src))
@@ -198,8 +188,7 @@ static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flo
 }
 
 // The node that sent the packet through the tunnel; NULL where it is none of the cluster's.
-static __always_inline int tunnel_source(struct __sk_buff *skb, struct node_key *from)
-{
+static __always_inline int tunnel_source(struct __sk_buff *skb, struct node_key *from) {
     struct bpf_tunnel_key key = {};
     __be32 *w = (__be32 *)from->addr;
     if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0) {
@@ -215,16 +204,14 @@ static __always_inline int tunnel_source(struct __sk_buff *skb, struct node_key 
     return nodes.lookup(from) ? 0 : -1;
 }
 
-static __always_inline int direct_return(const struct flow *flow, const struct settings *node)
-{
+static __always_inline int direct_return(const struct flow *flow, const struct settings *node) {
     if (!(node->flags & SETTINGS_DSR))
         return 0;
     struct cidr_key client = {.prefixlen = ADDR_BITS, .addr = flow->src};
     return dsr_optout.lookup(&client) == NULL;
 }
 
-static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *flow)
-{
+static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
     struct node_key first = {};
@@ -255,8 +242,7 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
 }
 
 // Through the stack to a pod: from the node itself always, from elsewhere if its policy allows.
-static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow)
-{
+static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow) {
     struct endpoint *target = endpoint_of(&flow->dst);
     __u32 ingress_slot = target ? target->ingress_slot : POLICY_SLOT_ALLOW;
     flow->action = ACT_STACK;
@@ -266,8 +252,7 @@ static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow)
     return judge(skb, flow, POLICY_SLOT_ALLOW, ingress_slot);
 }
 
-static __always_inline int open_flow(struct __sk_buff *skb)
-{
+static __always_inline int open_flow(struct __sk_buff *skb) {
     struct flow *flow = policy_flow();
     if (!flow)
         return drop(COUNT_DROP_INTERNAL);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
-// From a frame to its 5-tuple. Extension headers, options and fragments are walked, never assumed away.
+// From a frame to its 5-tuple. Extension headers, options and fragments are walked, never assumed
+// away.
 
 struct packet {
     struct ct_key key;
@@ -32,26 +33,22 @@ enum {
 #endif
 #define HEADERS_SIZE (ETH_HLEN + L3_SIZE + sizeof(struct tcphdr))
 
-static __always_inline void *frame(struct __sk_buff *skb)
-{
+static __always_inline void *frame(struct __sk_buff *skb) {
     return (void *)(long)skb->data;
 }
 
-static __always_inline void *frame_end(struct __sk_buff *skb)
-{
+static __always_inline void *frame_end(struct __sk_buff *skb) {
     return (void *)(long)skb->data_end;
 }
 
 // Makes the first `size` bytes of the frame directly readable, or as many as there are.
-static __always_inline void pull(struct __sk_buff *skb, __u32 size)
-{
+static __always_inline void pull(struct __sk_buff *skb, __u32 size) {
     __u32 linear = frame_end(skb) - frame(skb);
     if (unlikely(linear < size && linear < skb->len))
         bpf_skb_pull_data(skb, size < skb->len ? size : skb->len);
 }
 
-static __always_inline int is_icmp_error(__u8 type)
-{
+static __always_inline int is_icmp_error(__u8 type) {
 #if FAMILY == 4
     return type == 3 || type == 4 || type == 11 || type == 12;
 #else
@@ -59,8 +56,7 @@ static __always_inline int is_icmp_error(__u8 type)
 #endif
 }
 
-static __always_inline int is_icmp_echo(__u8 type)
-{
+static __always_inline int is_icmp_echo(__u8 type) {
 #if FAMILY == 4
     return type == 8 || type == 0;
 #else
@@ -69,8 +65,7 @@ static __always_inline int is_icmp_echo(__u8 type)
 }
 
 // Neighbour discovery (which no router forwards: hop limit 255) and multicast listener reports.
-static __always_inline int is_link_management(__u8 type, __u8 hop_limit)
-{
+static __always_inline int is_link_management(__u8 type, __u8 hop_limit) {
 #if FAMILY == 4
     return 0;
 #else
@@ -79,8 +74,7 @@ static __always_inline int is_link_management(__u8 type, __u8 hop_limit)
 #endif
 }
 
-static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *p)
-{
+static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *p) {
     __u32 offset = p->l4;
     if (offset > MAX_L4_OFFSET)
         return PARSED_MALFORMED;
@@ -119,8 +113,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 }
 
 // Only a datagram's first fragment has ports; it leaves them for the others.
-static __always_inline int parse_fragment(struct __sk_buff *skb, struct packet *p, __u32 id)
-{
+static __always_inline int parse_fragment(struct __sk_buff *skb, struct packet *p, __u32 id) {
     struct fragment_key key = {.src = p->key.src, .dst = p->key.dst, .id = id};
     key.proto = p->key.proto;
     if (p->fragment == FRAGMENT_LATER) {
@@ -140,8 +133,7 @@ static __always_inline int parse_fragment(struct __sk_buff *skb, struct packet *
 }
 
 #if FAMILY == 4
-static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
-{
+static __always_inline int parse(struct __sk_buff *skb, struct packet *p) {
     if (skb->protocol != FAMILY_PROTOCOL)
         return PARSED_PASS;
     pull(skb, HEADERS_SIZE);
@@ -163,15 +155,13 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
     return parse_fragment(skb, p, id);
 }
 #else
-static __always_inline int is_extension(__u8 header)
-{
+static __always_inline int is_extension(__u8 header) {
     return header == IPPROTO_HOPOPTS || header == IPPROTO_ROUTING || header == IPPROTO_FRAGMENT ||
            header == IPPROTO_DSTOPTS || header == IPPROTO_AH;
 }
 
 // Sets l4 and proto behind the extension headers; the fragment's id where there is one.
-static __always_inline int walk_extensions(struct __sk_buff *skb, struct packet *p, __u32 *id)
-{
+static __always_inline int walk_extensions(struct __sk_buff *skb, struct packet *p, __u32 *id) {
     __u8 header = p->key.proto;
     __u32 offset = p->l4;
     for (int i = 0; i < MAX_EXTENSION_HEADERS; i++) {
@@ -204,8 +194,7 @@ static __always_inline int walk_extensions(struct __sk_buff *skb, struct packet 
     return PARSED_FLOW;
 }
 
-static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
-{
+static __always_inline int parse(struct __sk_buff *skb, struct packet *p) {
     if (skb->protocol != FAMILY_PROTOCOL)
         return PARSED_PASS;
     pull(skb, HEADERS_SIZE);

@@ -18,32 +18,27 @@
 // flow->proto is the IP protocol, policy_dport(flow) the destination port (network order; 0 where
 // the protocol has none, and for ICMP).
 
-static __always_inline struct flow *policy_flow(void)
-{
+static __always_inline struct flow *policy_flow(void) {
     __u32 zero = 0;
     return scratch.lookup(&zero);
 }
 
 // The other end: who the flow comes from (POLICY_INGRESS) or where it goes (POLICY_EGRESS).
-static __always_inline addr_t *policy_peer(struct flow *flow, __u32 direction)
-{
+static __always_inline addr_t *policy_peer(struct flow *flow, __u32 direction) {
     return direction == POLICY_EGRESS ? &flow->new_dst : &flow->src;
 }
 
-static __always_inline __be16 policy_dport(struct flow *flow)
-{
+static __always_inline __be16 policy_dport(struct flow *flow) {
     return flow->new_dport;
 }
 
-static __always_inline int policy_deny(struct __sk_buff *skb)
-{
+static __always_inline int policy_deny(struct __sk_buff *skb) {
     count(COUNT_DROP_POLICY);
     return TC_ACT_SHOT;
 }
 
 // On to the other pod's policy, if there is one, and then to the end of the chain.
-static __always_inline int policy_allow(struct __sk_buff *skb, struct flow *flow)
-{
+static __always_inline int policy_allow(struct __sk_buff *skb, struct flow *flow) {
     __u32 slot = flow->next_slot;
     if (slot) {
         flow->next_slot = 0;

@@ -1,22 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // From a service's address to one backend. Used per packet (tc) and per socket (cgroup).
 
-static __always_inline struct frontend *frontend_of(const addr_t *dst, __be16 port, __u8 proto)
-{
+static __always_inline struct frontend *frontend_of(const addr_t *dst, __be16 port, __u8 proto) {
     struct frontend_key key = {.addr = *dst, .port = port, .proto = proto};
     return frontends.lookup(&key);
 }
 
 // A NodePort: the caller knows that the packet is for a node's own address.
-static __always_inline struct frontend *frontend_of_node(__be16 port, __u8 proto)
-{
+static __always_inline struct frontend *frontend_of_node(__be16 port, __u8 proto) {
     struct frontend_key key = {.port = port, .proto = proto};
     return frontends.lookup(&key);
 }
 
 // loadBalancerSourceRanges: only clients within one of the ranges.
-static __always_inline int client_allowed(const struct frontend *frontend, const addr_t *client)
-{
+static __always_inline int client_allowed(const struct frontend *frontend, const addr_t *client) {
     if (!(frontend->flags & FRONTEND_SOURCE_RANGES))
         return 1;
     struct source_range_key key = {
@@ -27,8 +24,7 @@ static __always_inline int client_allowed(const struct frontend *frontend, const
 // The client's last backend, while it is in the list and the timeout has not passed.
 static __always_inline struct backend *affine_backend(const struct frontend *frontend, __u32 list,
                                                       const struct affinity_key *key, __u64 now,
-                                                      __u32 *id)
-{
+                                                      __u32 *id) {
     struct affinity *last = affinity.lookup((struct affinity_key *)key);
     if (!last || now - last->last_seen > frontend->affinity_seconds * SECOND)
         return NULL;
@@ -41,8 +37,7 @@ static __always_inline struct backend *affine_backend(const struct frontend *fro
 
 // One backend of a list with `size` slots. A slot can be missing while the list shrinks: the first
 // one is missing last.
-static __always_inline struct backend *random_backend(__u32 list, __u32 size, __u32 *id)
-{
+static __always_inline struct backend *random_backend(__u32 list, __u32 size, __u32 *id) {
     struct slot_key slot = {.list = list};
     slot.slot = bpf_get_prandom_u32() % size;
     __u32 *found = slots.lookup(&slot);
@@ -56,9 +51,8 @@ static __always_inline struct backend *random_backend(__u32 list, __u32 size, __
     return backends.lookup(id);
 }
 
-static __always_inline struct backend *
-choose_backend(const struct frontend *frontend, __u32 kind, const addr_t *client, __u32 *id)
-{
+static __always_inline struct backend *choose_backend(const struct frontend *frontend, __u32 kind,
+                                                      const addr_t *client, __u32 *id) {
     __u32 size = kind == LIST_LOCAL ? frontend->local_count : frontend->cluster_count;
     __u32 list = frontend->service * 2 + kind;
     struct backend *backend = NULL;

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// Services for the node's own sockets: the address is exchanged before there is a packet.
+// Only sockets of the node's network namespace; pods go per packet. `mapped`: an IPv6 socket that
+// speaks IPv4 (::ffff:a.b.c.d).
+
+#define NOT_ALLOWED 0 // what a cgroup program returns
+#define GO_ON 1
+#define CONNECTION_REFUSED (-111)
+#define HOST_UNREACHABLE (-113)
+
+struct name {
+    addr_t addr;
+    __be16 port;
+    __u8 proto;
+};
+
+static __always_inline int refuse(int error) {
+    bpf_set_retval(error);
+    return NOT_ALLOWED;
+}
+
+static __always_inline int on_node(struct bpf_sock_addr *ctx, const struct settings *node) {
+    return bpf_get_netns_cookie(ctx) == node->host_netns_cookie;
+}
+
+// 0: not an address of this family.
+static __always_inline int read_name(struct bpf_sock_addr *ctx, int mapped, struct name *name) {
+#if FAMILY == 4
+    if (!mapped) {
+        name->addr.w[0] = ctx->user_ip4;
+    } else {
+        if (ctx->user_ip6[0] || ctx->user_ip6[1] || ctx->user_ip6[2] != MAPPED_WORD)
+            return 0;
+        name->addr.w[0] = ctx->user_ip6[3];
+    }
+#else
+    name->addr.w[0] = ctx->user_ip6[0];
+    name->addr.w[1] = ctx->user_ip6[1];
+    name->addr.w[2] = ctx->user_ip6[2];
+    name->addr.w[3] = ctx->user_ip6[3];
+#endif
+    name->port = ctx->user_port;
+    name->proto = ctx->protocol;
+    return name->proto == IPPROTO_TCP || name->proto == IPPROTO_UDP;
+}
+
+static __always_inline void write_name(struct bpf_sock_addr *ctx, int mapped, const addr_t *addr,
+                                       __be16 port) {
+#if FAMILY == 4
+    if (mapped)
+        ctx->user_ip6[3] = addr->w[0];
+    else
+        ctx->user_ip4 = addr->w[0];
+#else
+    ctx->user_ip6[0] = addr->w[0];
+    ctx->user_ip6[1] = addr->w[1];
+    ctx->user_ip6[2] = addr->w[2];
+    ctx->user_ip6[3] = addr->w[3];
+#endif
+    ctx->user_port = port;
+}
+
+static __always_inline int is_loopback(const addr_t *a) {
+#if FAMILY == 4
+    return (a->w[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+#else
+    return !a->w[0] && !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(1);
+#endif
+}
+
+static __always_inline struct frontend *frontend_of_name(const struct name *name) {
+    struct frontend *frontend = frontend_of(&name->addr, name->port, name->proto);
+    if (frontend)
+        return frontend;
+    __u32 *own = own_addresses.lookup((struct address_key *)&name->addr);
+    if (own || is_loopback(&name->addr))
+        return !own || *own & 1 ? frontend_of_node(name->port, name->proto) : NULL;
+    return frontend_of(&name->addr, 0, 0);
+}
+
+static __always_inline void socket_key(struct bpf_sock_addr *ctx, __u8 kind, const addr_t *addr,
+                                       __be16 port, struct socket_key *key) {
+    __u64 cookie = bpf_get_socket_cookie(ctx);
+    __builtin_memset(key, 0, sizeof(*key));
+    key->cookie_low = cookie;
+    key->cookie_high = cookie >> 32;
+    key->addr = *addr;
+    key->port = port;
+    key->proto = ctx->protocol;
+    key->kind = kind;
+}
+
+// So that recvmsg and getpeername can show the service instead of the backend.
+static __always_inline void remember_service(struct bpf_sock_addr *ctx, const struct name *service,
+                                             const addr_t *backend, __be16 port) {
+    struct socket_key key;
+    struct socket value = {.addr = service->addr, .port = service->port};
+    socket_key(ctx, SOCKET_SERVICE, backend, port, &key);
+    struct socket *known = sockets.lookup(&key);
+    if (!known || known->port != value.port || !addr_equal(&known->addr, &value.addr))
+        sockets.update(&key, &value);
+}
+
+static __always_inline struct backend *choose_for_node(const struct settings *node,
+                                                       const struct frontend *frontend, __u32 *id) {
+    addr_t client;
+    __u32 kind = frontend->flags & FRONTEND_INTERNAL_LOCAL ? LIST_LOCAL : LIST_CLUSTER;
+#if FAMILY == 4
+    __builtin_memcpy(&client, node->node4, sizeof(client));
+#else
+    __builtin_memcpy(&client, node->node6, sizeof(client));
+#endif
+    if (!client_allowed(frontend, &client))
+        return NULL;
+    return choose_backend(frontend, kind, &client, id);
+}
+
+static __always_inline int connect_to_service(struct bpf_sock_addr *ctx, int mapped) {
+    struct settings *node = node_settings();
+    struct name name = {};
+    __u32 id = 0;
+    if (!node || !on_node(ctx, node) || !read_name(ctx, mapped, &name))
+        return GO_ON;
+    struct frontend *frontend = frontend_of_name(&name);
+    if (!frontend)
+        return GO_ON;
+    struct backend *backend = choose_for_node(node, frontend, &id);
+    if (!backend)
+        return refuse(frontend->flags & FRONTEND_INTERNAL_DROP ? HOST_UNREACHABLE
+                                                               : CONNECTION_REFUSED);
+    remember_service(ctx, &name, &backend->addr, backend->port);
+    write_name(ctx, mapped, &backend->addr, backend->port);
+    return GO_ON;
+}
+
+// An unconnected socket stays with its backend, as it would with conntrack, while there is one.
+static __always_inline int send_to_service(struct bpf_sock_addr *ctx, int mapped) {
+    struct settings *node = node_settings();
+    struct name name = {};
+    struct socket_key key;
+    __u32 id = 0;
+    if (!node || !on_node(ctx, node) || !read_name(ctx, mapped, &name))
+        return GO_ON;
+    struct frontend *frontend = frontend_of_name(&name);
+    if (!frontend)
+        return GO_ON;
+
+    struct backend *backend = NULL;
+    socket_key(ctx, SOCKET_CHOICE, &name.addr, name.port, &key);
+    struct socket *choice = sockets.lookup(&key);
+    if (choice) {
+        id = choice->backend;
+        backend = backends.lookup(&id);
+        if (backend &&
+            (!addr_equal(&backend->addr, &choice->addr) || backend->port != choice->port))
+            backend = NULL;
+    }
+    if (!backend) {
+        backend = choose_for_node(node, frontend, &id);
+        if (!backend)
+            return refuse(frontend->flags & FRONTEND_INTERNAL_DROP ? HOST_UNREACHABLE
+                                                                   : CONNECTION_REFUSED);
+        struct socket value = {.addr = backend->addr, .port = backend->port, .backend = id};
+        sockets.update(&key, &value);
+    }
+    remember_service(ctx, &name, &backend->addr, backend->port);
+    write_name(ctx, mapped, &backend->addr, backend->port);
+    return GO_ON;
+}
+
+static __always_inline int show_service(struct bpf_sock_addr *ctx, int mapped) {
+    struct settings *node = node_settings();
+    struct name name = {};
+    struct socket_key key;
+    if (!node || !on_node(ctx, node) || !read_name(ctx, mapped, &name))
+        return GO_ON;
+    socket_key(ctx, SOCKET_SERVICE, &name.addr, name.port, &key);
+    struct socket *service = sockets.lookup(&key);
+    if (service)
+        write_name(ctx, mapped, &service->addr, service->port);
+    return GO_ON;
+}
