@@ -20,8 +20,8 @@ base-image: venv ## put localhost/debian:bookworm-slim into buildah's storage
 node-images: tools ## make the images every node starts with, and unpack them once
 	$(TESTBED) node-images
 
-cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge PROXY=iptables|nftables)
-	$(TESTBED) up
+cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge PROXY=iptables|nftables PRELOAD=archive)
+	$(TESTBED) up $(PRELOAD:%=--preload=%)
 
 cluster-down: venv ## take the cluster down and leave nothing behind
 	$(TESTBED) down

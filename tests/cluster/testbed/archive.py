@@ -37,6 +37,14 @@ def image_id(image: Image) -> str:
     return hashlib.sha256(config).hexdigest()
 
 
+def contents(archive: Path) -> dict[str, str]:
+    """The images in a docker-archive: each name with its image id."""
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile("manifest.json")
+        entries = json.load(file) if file else []
+    return {tag: Path(entry["Config"]).stem for entry in entries for tag in entry["RepoTags"] or ()}
+
+
 def write_layer(layer: Path, files: dict[str, Path]) -> None:
     """Write a layer that holds the given executables, byte for byte the same each time."""
     with tarfile.open(layer, "w") as tar:

@@ -49,9 +49,10 @@ def processes(host: str = "") -> set[int]:
     """Every process of a host, or of the whole testbed, in any hierarchy."""
     pids: set[int] = set()
     for hierarchy in hierarchies():
-        for procs in (hierarchy / CGROUP / host).rglob("cgroup.procs"):
-            with suppress(OSError):
-                pids.update(int(pid) for pid in procs.read_text().split())
+        for directory, _, _ in os.walk(hierarchy / CGROUP / host):
+            with suppress(OSError):  # a container's directory may go while we look
+                procs = Path(directory, "cgroup.procs").read_text()
+                pids.update(int(pid) for pid in procs.split())
     return pids - {0, os.getpid()}
 
 

@@ -64,10 +64,16 @@ def make_node_images() -> None:
 
 
 @main.command("up")
-def bring_up() -> None:
+@click.option(
+    "--preload",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A docker-archive that every node has from the start.",
+)
+def bring_up(preload: tuple[Path, ...]) -> None:
     """Bring the cluster up (NODES, CNI and PROXY choose what kind)."""
     with machine.locked():
-        cluster.up(Settings.from_env())
+        cluster.up(Settings.from_env(), preload)
     click.echo(f"export KUBECONFIG={KUBECONFIG}")
     click.echo(f'export PATH="{BIN}:$PATH"')
 

@@ -51,8 +51,11 @@ _UP = RUN / "up"
 _Item = TypeVar("_Item")
 
 
-def up(settings: Settings) -> None:
-    """Bring the cluster up to Ready nodes and running addons; nothing to do when it is up."""
+def up(settings: Settings, preload: Sequence[Path] = ()) -> None:
+    """Bring the cluster up to Ready nodes and running addons; nothing to do when it is up.
+
+    The docker-archives in `preload` are on every node from the start.
+    """
     machine.check()
     if is_up():
         say(f"the cluster is up ({json.dumps(running_settings().__dict__)})")
@@ -63,7 +66,7 @@ def up(settings: Settings) -> None:
         return
     down()
     machine.claim()
-    seed = images.seed()
+    seed = images.seed(preload)
     members = nodes(settings.nodes)
     with step(
         f"cluster of {settings.nodes} nodes (CNI {settings.cni}, kube-proxy {settings.proxy})"

@@ -25,6 +25,10 @@ done
 mkdir -p "/sys/fs/cgroup/$hybrid"
 mount -t cgroup2 cgroup2 "/sys/fs/cgroup/$hybrid"
 
+# the machine's mounts below what is replaced next are not a host's to keep busy
+sed -n 's|^[^ ]* [^ ]* [^ ]* [^ ]* \(/\(run\|var\)/[^ ]*\) .*|\1|p' /proc/self/mountinfo | sort -r |
+	while read -r mount; do umount --lazy "$mount"; done
+
 # what a host writes goes to its own files: the machine's /etc and /var stay as they are
 for folder in etc var; do
 	mkdir -p "$files/$folder" "$files/.work-$folder"

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.testbed import archive
@@ -183,28 +184,54 @@ def _pause() -> Path:
     return program
 
 
-def seed() -> Path:
+def seed(preload: Sequence[Path] = ()) -> Path:
     """A containerd root that holds the node images unpacked; every node starts with a copy.
 
-    Unpacking once and linking the files is what makes a warm start quick.
+    Unpacking once and linking the files is what makes a warm start quick. What is in `preload`
+    (docker-archives) is unpacked on top, in a second seed.
     """
-    images = node_images()
-    facts = images.with_suffix(".inputs").read_text() + platform.release()
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    root = CACHE / f"containerd-{key}"
-    if root.exists():
-        return root
-    for old in CACHE.glob("containerd-*"):
-        shutil.rmtree(old)
-    with step("unpacking the node images"):
-        _import_into(root.with_name("partial-seed"), images)
-        root.with_name("partial-seed").rename(root)
+    source = node_images()
+    key = _key(source.with_suffix(".inputs").read_text() + platform.release())
+    root = _unpacked(f"seed-{key}", "seed-*", source, None)
+    for number, more in enumerate(preload):
+        key = _key(root.name + archive.digest(more))
+        root = _unpacked(f"preload{number}-{key}", f"preload{number}-*", more, root)
     return root
+
+
+def _key(facts: str) -> str:
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _unpacked(name: str, outdated: str, source: Path, below: Path | None) -> Path:
+    """The seed of that name: from the cache, or made by importing `source` on top of another."""
+    root = CACHE / "containerd" / name
+    if not root.exists():
+        root.parent.mkdir(exist_ok=True)
+        for old in (*root.parent.glob(outdated), *root.parent.glob("partial")):
+            shutil.rmtree(old)
+        partial = root.with_name("partial")
+        partial.mkdir()
+        with step(f"unpacking {source.name}"):
+            if below:
+                copy_seed(below, partial)
+            _import_into(partial, source)
+            partial.rename(root)
+    return root
+
+
+def copy_seed(source: Path, target: Path) -> None:
+    """Link the unpacked files into an empty folder (nothing writes to them); copy the databases."""
+    flags = "-al" if source.stat().st_dev == target.stat().st_dev else "-a"
+    run(["cp", flags, f"{source}/.", target])
+    for database in target.rglob("*.db"):
+        copy = database.with_suffix(".copy")
+        shutil.copy2(database, copy)
+        copy.rename(database)
 
 
 def _import_into(root: Path, archive_path: Path) -> None:
     """Import an archive with a containerd that lives only for this; it listens on no network."""
-    shutil.rmtree(root, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="bpfdp-testbed-seed-") as scratch:
         config, socket = Path(scratch, "config.toml"), Path(scratch, "containerd.sock")
         config.write_text(

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.testbed import hosts, pki
-from cluster.testbed.commands import run, wait_for
+from cluster.testbed import archive, hosts, images, pki
+from cluster.testbed.commands import wait_for
 from cluster.testbed.errors import TestbedError
 from cluster.testbed.settings import (
     BIN,
@@ -23,6 +23,7 @@ from cluster.testbed.settings import (
     Node,
 )
 
+_CTR = ("ctr", "--namespace", "k8s.io")
 _SOCKET = "/run/containerd/containerd.sock"
 _CONTAINERD = f"""version = 2
 [grpc]
@@ -41,7 +42,7 @@ _CONTAINERD = f"""version = 2
 def start_runtime(node: Node, seed: Path, cni: str) -> None:
     """Start containerd with the images of `seed`, and configure the pod network."""
     etc = hosts.files(node.name) / "etc"
-    _copy_seed(seed, hosts.files(node.name) / "containerd")
+    images.copy_seed(seed, hosts.files(node.name) / "containerd")
     write = {
         "containerd/config.toml": _CONTAINERD,
         "cni/net.d/10-testbed.conflist": json.dumps(_cni(node, cni), indent=2),
@@ -55,16 +56,6 @@ def start_runtime(node: Node, seed: Path, cni: str) -> None:
     if cni == "bridge":
         _masquerade(node)
     hosts.start_daemon(node.name, "containerd", ["containerd"])
-
-
-def _copy_seed(seed: Path, target: Path) -> None:
-    """Link the unpacked images (nothing ever writes to them) and copy the databases."""
-    flags = "-al" if seed.stat().st_dev == target.parent.stat().st_dev else "-a"
-    run(["cp", flags, f"{seed}/.", target])
-    for database in target.rglob("*.db"):
-        copy = database.with_suffix(".copy")
-        shutil.copy2(database, copy)
-        copy.rename(database)
 
 
 def _write_inside(node: Node, path: str, text: str) -> None:
@@ -194,12 +185,24 @@ def manifest(node: Node) -> dict[str, object]:
     }
 
 
-def import_image(node: Node, archive: Path) -> None:
-    """Import a docker-archive into the node's containerd, where its kubelet sees it."""
-    argv = ["ctr", "--namespace", "k8s.io", "images", "import", str(archive.resolve())]
+def import_image(node: Node, source: Path) -> None:
+    """Import a docker-archive into the node's containerd, unless its images are there already."""
+    if all(_image_id(node, name) == wanted for name, wanted in archive.contents(source).items()):
+        return
+    argv = [*_CTR, "images", "import", str(source.resolve())]
     done = hosts.execute(node.name, argv, timeout=300)
     if done.returncode:
-        raise TestbedError(f"{archive} on {node.name}: {(done.stdout + done.stderr)[-1000:]}")
+        raise TestbedError(f"{source} on {node.name}: {(done.stdout + done.stderr)[-1000:]}")
+
+
+def _image_id(node: Node, name: str) -> str | None:
+    """The id of the image that the node knows under a name."""
+    listed = hosts.execute(node.name, [*_CTR, "images", "list", f"name=={name}"]).stdout
+    found = re.search(r"sha256:\w+", listed)
+    if not found:
+        return None
+    manifest = hosts.execute(node.name, [*_CTR, "content", "get", found[0]]).stdout
+    return str(json.loads(manifest)["config"]["digest"]).removeprefix("sha256:")
 
 
 def manifests(nodes: Sequence[Node]) -> str:
