@@ -176,13 +176,17 @@ class FakeCluster:
         return not asks or each.labels.get(w.KUBE_PROXY_LABEL) == "true"
 
     def agent_turn(self, each: FakeNode) -> None:
-        """The agent on that node does as the config's status says, and reports."""
+        """The agent does as the config's status says, and reports; it probes before it attaches."""
         if not (each.agent_pod and each.agent_alive and each.ready) or self.config is None:
             return
         mode = self.config.status.agents.mode or "Attach"
-        each.attached = each.supported and mode == "Attach"
+        probed = each.report is not None
+        each.attached = each.supported and mode == "Attach" and (probed or each.attached)
         state = self.config.status.kube_proxy.state
-        each.report = report(each, self.config.metadata.generation, cleared=state == "Disabled")
+        generation = self.config.metadata.generation
+        each.report = report(
+            each, generation, cleared=state == "Disabled", detached=mode == "Detach"
+        )
         self.check()
 
     def settle(self, passes: int = 60) -> None:
@@ -295,19 +299,18 @@ def node(each: FakeNode) -> w.Node:
     )
 
 
-def report(
-    each: FakeNode, generation: int, *, cleared: bool, error: w.LastError | None = None
-) -> w.BpfNode:
+def report(each: FakeNode, generation: int, *, cleared: bool, detached: bool = False) -> w.BpfNode:
+    absent = "Detached" if detached else "Syncing"
     lacks = "" if each.supported else "tc BPF programs cannot be loaded"
     conditions = (
         condition("FeaturesSupported", each.supported, "Supported", lacks),
-        condition("Attached", each.attached, "Attached" if each.attached else "Detached"),
+        condition("Attached", each.attached, "Attached" if each.attached else absent),
         condition("ServicesSynced", each.attached),
         condition("PoliciesSynced", each.attached),
         condition("KubeProxyRulesCleared", cleared, "Cleared" if cleared else "NotCleared"),
     )
     status = w.BpfNodeStatus(
-        observed_config_generation=generation, conditions=conditions, services=7, last_error=error
+        observed_config_generation=generation, conditions=conditions, services=7
     )
     return w.BpfNode(metadata=w.Metadata(name=each.name), status=status)
 

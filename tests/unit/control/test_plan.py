@@ -9,7 +9,7 @@ from bpfdp_operator import plan as p
 from bpfdp_operator import world as w
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.control.fakecluster import FakeCluster, FakeNode, cluster, kube_proxy, settled
+from unit.control.fakecluster import FakeCluster, FakeNode, cluster, kube_proxy, report, settled
 
 
 def taken_over(fake: FakeCluster) -> None:
@@ -105,6 +105,38 @@ def test_no_agent_detaches_before_kube_proxy_is_ready() -> None:
     assert fake.config is not None
     assert fake.config.status.agents.mode == "Attach"
     assert "kube-proxy" in fake.config.status.message
+
+
+def test_agents_are_not_removed_before_they_were_told_to_detach() -> None:
+    """Reports may still say Detached from before the agents were last told to attach."""
+    fake = cluster()
+    fake.settle()
+    fake.edit(dataplane="Disabled")
+    fake.settle(3)
+    fake.edit(dataplane="Enabled")
+    fake.operator_pass()
+    fake.daemonset_controller()
+    for each in fake.nodes:
+        each.report = report(each, 9, cleared=False, detached=True)
+    fake.edit(dataplane="Disabled")
+    world = fake.world()
+    assert world.config is not None
+    assert p.DeleteAgent() not in p.plan(world, world.config).actions
+
+
+def test_nothing_is_removed_while_agents_are_still_told_to_detach() -> None:
+    fake = cluster()
+    fake.settle()
+    fake.edit(dataplane="Disabled")
+    while fake.config is not None and fake.config.status.agents.mode != "Detach":
+        fake.operator_pass()
+        fake.daemonset_controller()
+    fake.edit(dataplane="Enabled")
+    for each in fake.nodes:
+        each.report = report(each, 9, cleared=False)
+    world = fake.world()
+    assert world.config is not None
+    assert p.RemoveKubeProxy() not in p.plan(world, world.config).actions
 
 
 def test_a_dead_agent_does_not_hold_deletion_for_ever() -> None:
