@@ -31,9 +31,9 @@ OPERATOR_NAME = "bpfdp-operator"
 ESTABLISH_SECONDS = 60.0
 DEAD_SECONDS = 20.0
 """An operator without an available pod for this long does not count on coming back."""
-STALLED_SECONDS = 180.0
+STALLED_SECONDS = 90.0
 """An operator that changes nothing in the status for this long is taken for dead."""
-RESTORE_SECONDS = 420.0
+RESTORE_SECONDS = 270.0
 POLL_SECONDS = 2.0
 
 
