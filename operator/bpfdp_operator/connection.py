@@ -39,10 +39,13 @@ class Connection:
     async def __aenter__(self) -> Self:
         """Load the pod's service account, or outside of a cluster the kubeconfig."""
         configuration = client.Configuration()
-        if _IN_CLUSTER:
-            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        else:
-            await config.load_kube_config(client_configuration=configuration)
+        try:
+            if _IN_CLUSTER:
+                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            else:
+                await config.load_kube_config(client_configuration=configuration)
+        except config.ConfigException as error:
+            raise OSError(f"no usable credentials, set KUBECONFIG: {error}") from error
         self._client = client.ApiClient(configuration)
         return self
 
