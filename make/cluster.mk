@@ -2,6 +2,8 @@
 # A real Kubernetes cluster on this machine: see docs/testbed.md.
 # `packages` runs before there is a virtual environment, so it needs nothing but /usr/bin/python3.
 TESTBED := PYTHONPATH=tests $(PY) -m cluster.testbed
+# images of this repository that every node has from the start
+PRELOAD ?= $(shell ls build/images/*.tar 2>/dev/null)
 
 .PHONY: packages tools tools-e2e base-image node-images cluster cluster-down cluster-verify-clean
 
@@ -20,7 +22,7 @@ base-image: venv ## put localhost/debian:bookworm-slim into buildah's storage
 node-images: tools ## make the images every node starts with, and unpack them once
 	$(TESTBED) node-images
 
-cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge PROXY=iptables|nftables PRELOAD=archive)
+cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge PROXY=iptables|nftables)
 	$(TESTBED) up $(PRELOAD:%=--preload=%)
 
 cluster-down: venv ## take the cluster down and leave nothing behind

@@ -15,6 +15,7 @@ from cluster.testbed.errors import TestbedError
 from cluster.testbed.progress import say, step
 
 PACKAGES = (
+    "bpftool",
     "buildah",
     "ca-certificates",
     "clang-format",
