@@ -22,7 +22,7 @@ from bpfdp_agent.bpf import features
 from bpfdp_agent.config import Config, ConfigError, ProcessSettings, runtime_config
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile.loop import Loop
-from bpfdp_agent.reconcile.session import Session
+from bpfdp_agent.reconcile.session import Session, detach
 from bpfdp_agent.reconcile.surroundings import Surroundings
 from bpfdp_agent.serve.events import EventRecorder, ObjectRef, ref_of
 from bpfdp_agent.serve.health import Health, HealthServer
@@ -145,7 +145,6 @@ class Agent:
         log.error("%s. Nothing is attached on this node.", message)
         status.condition("FeaturesSupported", False, "KernelUnsupported", message)
         status.condition("Attached", False, "KernelUnsupported", "Nothing is attached.")
-        status.condition("Ready", False, "KernelUnsupported", message)
         self._health.not_ready = ""
 
     # -- watching -------------------------------------------------------------------------
@@ -216,26 +215,30 @@ class Agent:
         config = self._config
         if config is None:
             return 0
-        operations = 0
-        if self._supported:
-            operations = await self._detach(config) if config.detach else await self._attach(config)
+        if config.detach:
+            await self._detach(config)
+        elif self._supported:
+            await self._attach(config)
         self._around.status.set_generation(config.generation)
-        return operations
+        return 0
 
-    async def _attach(self, config: Config) -> int:
+    async def _attach(self, config: Config) -> None:
         if self._session is None:
-            session = self._session = Session(self._around, self._health)
+            session = self._session = Session(self._around, self._health, config)
             try:
-                await session.start(config)
+                await session.start()
             except BaseException:
                 self._session = None
                 await session.stop()
                 raise
-        return await self._session.configure(config)
+        self._session.configure(config)
 
-    async def _detach(self, config: Config) -> int:
-        session, self._session = self._session or Session(self._around, self._health), None
-        return await session.detach(config)
+    async def _detach(self, config: Config) -> None:
+        session, detached = self._session, self._around.status.get("Attached")
+        if session is None and detached and detached.reason == "Detached":
+            return
+        await detach(self._around, self._health, config, session)
+        self._session = None
 
     async def _end_session(self) -> None:
         if self._session is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bpfdp_agent.diff.tables import Writes
     from bpfdp_agent.model.cluster import ClusterView
     from bpfdp_agent.model.services import ServiceView
+    from bpfdp_agent.reconcile.connections import Connections
     from bpfdp_agent.reconcile.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
@@ -31,15 +32,23 @@ NEEDS = (Kind.SERVICE, Kind.ENDPOINT_SLICE, Kind.NODE)
 
 
 class ServiceSync:
-    """Keeps the service maps equal to the view."""
+    """Keeps the service maps equal to the view. `complete` after the first round."""
 
-    def __init__(self, around: Surroundings, maps: MapStore, synced: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        around: Surroundings,
+        maps: MapStore,
+        connections: Connections,
+        synced: Callable[[], None],
+    ) -> None:
         self._around = around
         self._maps = maps
+        self._connections = connections
         self._synced = synced
         self._tables = {family: ServiceTables(family) for family in FAMILIES}
         self._dirty: set[ObjectKey] = set()
         self._started = False
+        self.complete = False
         self._interrupted: set[int] = set()
         self._invalid: set[tuple[ObjectKey, int]] = set()
         self._served: set[tuple[ObjectKey, int]] = set()
@@ -58,7 +67,11 @@ class ServiceSync:
         operations = 0
         for family in FAMILIES:
             views = {k: self._view_of(k, family) for k in dirty}
-            operations += self._write(family, self._changes(family, views), dirty)
+            writes = self._changes(family, views)
+            gone = self._backends_to_go(family, writes)
+            operations += self._write(family, writes, dirty)
+            if gone:
+                await self._connections.forget_backends(family, gone)
             self._follow(family, views)
         self._started = True
         self._publish()
@@ -94,6 +107,12 @@ class ServiceSync:
             raise
         self._interrupted.discard(family)
         return len(writes)
+
+    def _backends_to_go(self, family: int, writes: Writes) -> dict[bytes, bytes]:
+        """The backends that the writes delete, as they are in the map."""
+        backends = self._maps["backends", family]
+        keys = [key for step in writes if step.map == "backends" for key in step.deletes]
+        return {key: value for key in keys if (value := backends.lookup(key)) is not None}
 
     def _tell_full(self, error: BpfError, dirty: set[ObjectKey]) -> None:
         self._around.status.condition(
@@ -136,6 +155,7 @@ class ServiceSync:
         around.proxy.set_services(self._health_checks.values())
         around.proxy.updated()
         around.proxy_servers.wake.set()
+        self.complete = True
         self._synced()
 
 

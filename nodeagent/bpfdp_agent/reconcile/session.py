@@ -3,6 +3,11 @@
 
 A Session begins with what an earlier agent left in the kernel and ends (`stop`) without removing
 anything; `detach` removes everything.
+
+    services ──┐
+    identities ─▶ policies ─▶ endpoints ──┤
+    node (devices, tunnel, settings) ─────┼─▶ hooks
+    programs ─────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -11,13 +16,27 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from bpfdp_agent.bpf.cache import ObjectCache
+from bpfdp_agent.bpf.compiler import Compiler
+from bpfdp_agent.bpf.errors import BpfError
+from bpfdp_agent.bpf.render import Renderer
+from bpfdp_agent.dataplane import cleanup
 from bpfdp_agent.dataplane.maps import MapStore
-from bpfdp_agent.dataplane.pins import Pins
+from bpfdp_agent.dataplane.pins import Pins, listing
+from bpfdp_agent.reconcile.connections import Connections
+from bpfdp_agent.reconcile.hooks import HookSync
+from bpfdp_agent.reconcile.kernel import Kernel
+from bpfdp_agent.reconcile.kubeproxy import KubeProxySync, wait_until_back
 from bpfdp_agent.reconcile.loop import Loop
+from bpfdp_agent.reconcile.node import NodeSync
+from bpfdp_agent.reconcile.pods import PodSync
+from bpfdp_agent.reconcile.policies import PolicySync
+from bpfdp_agent.reconcile.programs import ProgramSync
 from bpfdp_agent.reconcile.services import ServiceSync
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
 
     from bpfdp_agent.config import Config
     from bpfdp_agent.model.cluster import Changes
@@ -28,55 +47,158 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """One attachment of this node."""
+    """One attachment of this node. `start` may raise BpfError; call `stop` then."""
 
-    def __init__(self, around: Surroundings, health: Health) -> None:
+    def __init__(self, around: Surroundings, health: Health, config: Config) -> None:
         self._around = around
         self._health = health
-        self._pins = Pins()
-        self._maps: MapStore | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._config = config
+        pins = Pins()
+        self._kernel = Kernel(
+            maps=MapStore(pins, sizes=dict(config.map_sizes)),
+            pins=pins,
+            compiler=Compiler(ObjectCache(around.settings.state_dir / "cache")),
+            renderer=Renderer(),
+        )
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: dict[str, Loop] = {}
+        maps = self._kernel.maps
+        self._connections = Connections(around, maps)
+        self._services = ServiceSync(around, maps, self._connections, self._settled)
+        self._node = NodeSync(around, maps, self._settled)
+        self._programs = ProgramSync(around, self._kernel, self._settled)
+        self._policies = PolicySync(around, self._kernel, self._policies_changed)
+        self._pods = PodSync(around, maps, self._policies, self._pods_changed)
+        self._hooks = HookSync(around, self._kernel, self._programs, self._node, self._pods)
+        self._kube_proxy = KubeProxySync(around)
 
-    async def start(self, config: Config) -> None:
-        """Open maps and begin the loops. Raises BpfError; call `stop` then."""
-        self._maps = MapStore(self._pins, sizes=dict(config.map_sizes))
-        self._maps.open()
-        self._services = ServiceSync(self._around, self._maps, self._settled)
+    async def start(self) -> None:
+        """Open maps and begin the loops. Raises BpfError."""
+        if not listing(self._kernel.pins.links):
+            self._nothing_yet()
+        self._kernel.maps.open()
+        self._loop("programs", self._programs.reconcile)
         self._loop("services", self._services.reconcile)
+        self._loop("node", self._node.reconcile)
+        self._loop("pods", self._pods.reconcile)
+        self._loop("policies", self._policies.reconcile)
+        self._loop("hooks", self._hooks.reconcile)
+        self._loop("kubeproxy", self._kube_proxy.reconcile)
+        self._task("pods found", self._pods.follow(self._loops["pods"].wake))
+        self._task("unused policies", self._policies.free_unused())
+        self._task("conntrack", self._connections.run())
+        self._follow_links()
+
+    def _nothing_yet(self) -> None:
+        """A node that was rebooted, or is new: what an earlier agent's status says is over."""
+        for kind in ("ProgramsLoaded", "ServicesSynced", "PoliciesSynced", "Attached"):
+            self._around.status.condition(kind, False, "Syncing", "The agent is starting.")
 
     def _loop(self, name: str, work: Callable[[], Awaitable[int]]) -> None:
         loop = Loop(name, work, self._around.metrics, self._around.report)
         self._loops[name] = loop
         loop.wake()
-        self._tasks.append(asyncio.create_task(loop.run(), name=name))
+        self._task(name, loop.run())
 
-    async def configure(self, config: Config) -> int:
-        """Follow the config at run time."""
-        return 0
+    def _task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=name)
+
+    def _follow_links(self) -> None:
+        work = self._node.follow(self._config.data_pattern, self._loops["node"].wake)
+        self._task("links", work)
+
+    # -- what happens meanwhile -----------------------------------------------------------
+
+    def configure(self, config: Config) -> None:
+        """Follow the config at run time; map sizes are for the next start."""
+        old, self._config = self._config, config
+        if old.map_sizes != config.map_sizes:
+            log.warning("map and conntrack sizes changed: they hold from the agent's next start on")
+        self._node.configure(config)
+        self._hooks.configure(config)
+        self._kube_proxy.configure(config)
+        if old.data_pattern != config.data_pattern:
+            self._tasks["links"].cancel()
+            self._follow_links()
+        for name in ("node", "hooks", "kubeproxy"):
+            self._loops[name].wake()
 
     def changed(self, changes: Changes) -> None:
         """Tell each concern what of the view is its own."""
         if changes.services:
             self._services.changed(changes.services)
             self._loops["services"].wake()
+        if changes.nodes:
+            self._loops["node"].wake()
+        if changes.pods or changes.policies or changes.namespaces:
+            self._policies.changed(changes)
+            self._loops["policies"].wake()
+        if changes.pods or changes.addresses:
+            self._pods.changed(changes)
+            self._loops["pods"].wake()
 
     def wake_all(self) -> None:
         """A list is complete."""
         for loop in self._loops.values():
             loop.wake()
 
-    def _settled(self) -> None: ...
+    def _policies_changed(self) -> None:
+        self._loops["pods"].wake()
+
+    def _pods_changed(self) -> None:
+        if not self._policies.started:
+            self._loops["policies"].wake()
+        self._settled()
+
+    def _settled(self) -> None:
+        """A concern did its part: hooks may be due, and the agent may be ready."""
+        parts = (self._services.complete, self._node.complete, self._pods.complete)
+        if all(parts) and self._programs.usable:
+            self._hooks.may_attach = True
+            self._loops["hooks"].wake()
+        missing = [n for n, p in zip(("services", "node", "pods"), parts, strict=True) if not p]
+        if missing:
+            self._health.not_ready = f"not synced yet: {', '.join(missing)}"
+        elif not self._hooks.complete:
+            self._health.not_ready = "programs are not attached yet"
+        else:
+            self._health.not_ready = ""
+
+    # -- the end --------------------------------------------------------------------------
 
     async def stop(self) -> None:
         """End the loops; the kernel keeps everything."""
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._tasks.clear()
-        if self._maps is not None:
-            self._maps.close()
+        await self._programs.close()
+        self._kernel.maps.close()
 
-    async def detach(self, config: Config) -> int:
-        await self.stop()
-        return 0
+
+async def detach(
+    around: Surroundings, health: Health, config: Config, session: Session | None
+) -> None:
+    """Give the node back: kube-proxy's rules first where it returns, then remove everything.
+
+    The session goes on serving while kube-proxy's rules are awaited. Raises BpfError when
+    something could not be removed; it is tried again.
+    """
+    around.proxy_servers.active = False
+    around.proxy_servers.wake.set()
+    if session is not None:
+        await wait_until_back(config)
+        await session.stop()
+    removed = await cleanup.clean()
+    if removed.failures:
+        raise BpfError("detach: " + "; ".join(removed.failures))
+    if removed.attachments or removed.pins:
+        log.info("detached: %d hooks, %d pins removed", removed.attachments, removed.pins)
+    status = around.status
+    for kind in ("ProgramsLoaded", "ServicesSynced", "PoliciesSynced", "KubeProxyRulesCleared"):
+        status.condition(kind, False, "Detached", "The dataplane is detached from this node.")
+    status.condition("Attached", False, "Detached", "No program, map or link of ours is left.")
+    status.update(
+        interfaces=(), maps=(), attach_type=None, pods=0, services=0, backends=0, policies=0
+    )
+    health.not_ready = ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.bpf.errors import CompileFailed, MapFull, ProgramRejected, TemplateInvalid
+from bpfdp_agent.dataplane.policies import PolicyNotLoaded
 
 if TYPE_CHECKING:
     from bpfdp_agent.config import ProcessSettings
@@ -55,6 +56,8 @@ class Surroundings:
 
 def reason_of(error: Exception) -> Reason:
     """The enum's word for an error of the kernel's side."""
+    if isinstance(error, PolicyNotLoaded):
+        error = error.cause
     if isinstance(error, MapFull):
         return "MapFull"
     if isinstance(error, CompileFailed | TemplateInvalid):

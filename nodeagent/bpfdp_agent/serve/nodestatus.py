@@ -56,6 +56,14 @@ Reason = Literal[
     "TemplateError",
 ]
 
+READY_NEEDS: tuple[ConditionType, ...] = (
+    "FeaturesSupported",
+    "ProgramsLoaded",
+    "ServicesSynced",
+    "PoliciesSynced",
+    "Attached",
+)
+
 
 class _Wire(msgspec.Struct, frozen=True, rename="camel"):
     """Base of the status's parts."""
@@ -66,7 +74,7 @@ class Condition(_Wire, frozen=True):
 
     type: ConditionType
     status: Literal["True", "False", "Unknown"]
-    reason: str
+    reason: Reason
     message: str
     last_transition_time: str
     observed_generation: int = 0
@@ -207,7 +215,22 @@ class NodeStatus:
         )
         others = [c for c in self._status.conditions if c.type != kind]
         self.update(conditions=tuple(sorted([*others, new], key=lambda c: c.type)))
+        if kind != "Ready":
+            self.condition("Ready", *self._readiness())
         return moved
+
+    def _readiness(self) -> tuple[bool, Reason, str]:
+        """Ready sums up the others: the first that is not well, and why."""
+        attached = self.get("Attached")
+        if attached is not None and attached.reason == "Detached":
+            return True, "Detached", "Detached, as the BpfDataplaneConfig says."
+        for kind in READY_NEEDS:
+            found = self.get(kind)
+            if found is None:
+                return False, "Syncing", f"The agent is starting: {kind} is not known yet."
+            if found.status != "True":
+                return False, found.reason, found.message
+        return True, "Synced", "The node runs what the API server says."
 
     def get(self, kind: ConditionType) -> Condition | None:
         """A condition as set."""
