@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import CERT_NONE, create_default_context
@@ -43,6 +43,21 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def write_kubeconfig(path: Path, server: str, token: str) -> Path:
+    """Write a kubeconfig for the bearer of the token."""
+    cluster = {"server": server, "insecure-skip-tls-verify": True}
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "t",
+        "clusters": [{"name": "t", "cluster": cluster}],
+        "users": [{"name": "t", "user": {"token": token}}],
+        "contexts": [{"name": "t", "context": {"cluster": "t", "user": "t"}}],
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
 @dataclass(frozen=True)
 class Api:
     """The API server as seen through kubectl."""
@@ -59,14 +74,23 @@ class Api:
             input=stdin, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 
-    def apply(
-        self, *objects: object, dry_run: bool = False, user: tuple[str, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        """Apply objects server-side, optionally as somebody else (kubectl's --as flags)."""
+    def apply(self, *objects: object, dry_run: bool = False) -> subprocess.CompletedProcess[str]:
+        """Apply objects server-side."""
         flags = ["--dry-run=server"] if dry_run else []
         return self.kubectl(
-            "apply", "--server-side", *flags, *user, "-f", "-", stdin=yaml.safe_dump_all(objects)
+            "apply", "--server-side", *flags, "-f", "-", stdin=yaml.safe_dump_all(objects)
         )
+
+    def apply_status(self, body: object) -> subprocess.CompletedProcess[str]:
+        """Apply an object's status server-side, as the agent does."""
+        return self.kubectl(
+            "apply", "--server-side", "--subresource=status", "-f", "-", stdin=yaml.safe_dump(body)
+        )
+
+    def bearer(self, token: str, name: str) -> Api:
+        """Return the same API server as seen by somebody else."""
+        path = self.kubeconfig.with_name(f"kubeconfig-{name}")
+        return Api(self.server, write_kubeconfig(path, self.server, token))
 
     def get(self, *arguments: str) -> dict[str, object]:
         """Return one object."""
@@ -128,6 +152,7 @@ def command_lines(directory: Path, etcd: int, peer: int, api: int) -> dict[str, 
             f"--cert-dir={directory / 'certificates'}",
             f"--token-auth-file={tokens}",
             "--authorization-mode=RBAC",
+            "--allow-privileged=true",
             "--service-cluster-ip-range=10.96.0.0/16",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={key}",
@@ -137,27 +162,19 @@ def command_lines(directory: Path, etcd: int, peer: int, api: int) -> dict[str, 
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session", name="program")
+def find_program() -> Callable[[str], str]:
+    """`program`, for tests."""
+    return program
+
+
 @pytest.fixture(scope="session")
 def bare_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """An API server with nothing of ours in it."""
     directory = tmp_path_factory.mktemp("api")
     etcd, peer, port = free_port(), free_port(), free_port()
     server = f"https://127.0.0.1:{port}"
-    kubeconfig = directory / "kubeconfig"
-    kubeconfig.write_text(
-        yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "t",
-                "clusters": [
-                    {"name": "t", "cluster": {"server": server, "insecure-skip-tls-verify": True}}
-                ],
-                "users": [{"name": "t", "user": {"token": TOKEN}}],
-                "contexts": [{"name": "t", "context": {"cluster": "t", "user": "t"}}],
-            }
-        )
-    )
+    kubeconfig = write_kubeconfig(directory / "kubeconfig", server, TOKEN)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in command_lines(directory, etcd, peer, port).items():
