@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What an entry says is done to the packet: route, rewrite, deliver.
 
-#define FIB_SKIP_NEIGHBOUR 2    // BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3
+#define FIB_SKIP_NEIGHBOUR 4    // BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3
 #define CSUM_IPV6 (1ULL << 7)   // BPF_F_IPV6, Linux 6.16
 #define HOST_IN_MARK 0x62706470 // from_tunnel to from_net: deliver this one to the node itself
 #define TTL_STEP 0xfffe         // ones' complement of 1: ttl is the low byte of its word
