@@ -9,6 +9,7 @@ The parent never imports bcc.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -141,7 +142,8 @@ class Compiler:
             env=_child_environment(),
         )
         try:
-            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
             output, errors = await asyncio.wait_for(process.communicate(request), self._timeout)
         except TimeoutError as error:
             raise CompilerUnavailable(

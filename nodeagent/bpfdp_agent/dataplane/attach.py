@@ -346,10 +346,11 @@ async def _filters_of(netlink: Any, ifindex: int) -> list[Attachment]:
 
 
 async def _any_filter(netlink: Any, ifindex: int) -> bool:
+    found = 0
     for parent in (_INGRESS_PARENT, _EGRESS_PARENT):
-        async for _ in await netlink.get_filters(index=ifindex, parent=parent):
-            return True
-    return False
+        # Read to the end, or the socket's next dump fails with EBUSY.
+        found += len([1 async for _ in await netlink.get_filters(index=ifindex, parent=parent)])
+    return found > 0
 
 
 def _filter_attachment(message: Any, ifindex: int) -> Attachment | None:

@@ -2,7 +2,8 @@
 """Closing the node's own UDP sockets that are connected to backends that are gone.
 
 A connected UDP socket was translated once, at connect(): nothing would ever tell its owner that
-the backend is gone. SOCK_DESTROY disconnects it: its next call fails, and it connects again. Netlink messages: uapi/linux/inet_diag.h.
+the backend is gone. SOCK_DESTROY disconnects it: its next call fails, and it connects again.
+Netlink messages: uapi/linux/inet_diag.h.
 """
 
 from __future__ import annotations

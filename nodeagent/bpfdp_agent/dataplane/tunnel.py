@@ -86,11 +86,12 @@ async def _replace(netlink: Any, old: Any | None, port: int) -> Any:
 
 
 async def _find(netlink: Any, name: str) -> Any | None:
-    """The device, from a dump: asking for a name that is not there would be an error."""
-    async for link in await netlink.get_links():
-        if link.get_attr("IFLA_IFNAME") == name:
-            return link
-    return None
+    """The device, from a dump: asking for a name that is not there would be an error.
+
+    A dump is read to its end, or the socket's next one fails with EBUSY.
+    """
+    links = [link async for link in await netlink.get_links()]
+    return next((link for link in links if link.get_attr("IFLA_IFNAME") == name), None)
 
 
 def _is_wanted(link: Any, port: int) -> bool:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of entries and how long they live."""
+
+from __future__ import annotations
+
+import pytest
+from bpfdp_agent.dataplane.conntrack import ICMP, TCP, UDP, Timeouts, partner_key, timeout
+from bpfdp_agent.layouts import CT, CT_KEY, CtFlag, TcpFlag
+
+CLIENT, SERVICE, BACKEND = bytes([10, 0, 0, 1]), bytes([10, 96, 0, 1]), bytes([10, 0, 0, 2])
+LIMITS = Timeouts()
+SYN, ACK, FIN, RST = TcpFlag.SYN, TcpFlag.ACK, TcpFlag.FIN, TcpFlag.RST
+
+
+def partner(proto, sport, dport, **value):
+    key = CT_KEY.unpack(
+        4, CT_KEY.pack(4, src=CLIENT, dst=SERVICE, sport=sport, dport=dport, proto=proto)
+    )
+    raw = partner_key(4, key, CT.unpack(4, CT.pack(4, **value)))
+    return CT_KEY.unpack(4, raw)
+
+
+def test_the_partner_of_a_translated_flow_answers_from_the_backend():
+    found = partner(
+        TCP,
+        1000,
+        80,
+        flags=CtFlag.NAT,
+        new_src=CLIENT,
+        new_dst=BACKEND,
+        new_sport=1000,
+        new_dport=8080,
+    )
+    assert (found["src"], found["sport"]) == (BACKEND, 8080)
+    assert (found["dst"], found["dport"]) == (CLIENT, 1000)
+
+
+def test_the_partner_of_a_plain_flow_is_it_turned_round():
+    found = partner(UDP, 1000, 53)
+    assert (found["src"], found["sport"], found["dst"], found["dport"]) == (
+        SERVICE,
+        53,
+        CLIENT,
+        1000,
+    )
+
+
+def test_icmp_echo_keeps_its_id_in_place():
+    found = partner(1, 77, 0)
+    assert (found["src"], found["sport"], found["dport"]) == (SERVICE, 77, 0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "partners", "expected"),
+    [
+        (SYN, 0, LIMITS.tcp_opening),
+        (SYN, SYN | ACK, LIMITS.tcp_established),
+        (0, 0, LIMITS.tcp_established),  # adopted in mid-flow
+        (SYN | FIN, SYN | ACK, LIMITS.tcp_half_closed),
+        (SYN | FIN, SYN | ACK | FIN, LIMITS.tcp_closed),
+        (SYN, SYN | ACK | RST, LIMITS.tcp_closed),
+    ],
+)
+def test_tcp_lives_by_what_both_directions_sent(mine, partners, expected):
+    assert timeout(TCP, mine, partners, LIMITS) == expected
+    assert timeout(TCP, partners, mine, LIMITS) == expected
+
+
+def test_the_other_protocols():
+    assert timeout(UDP, 0, 0, LIMITS) == LIMITS.udp
+    assert timeout(ICMP[1], 0, 0, LIMITS) == LIMITS.icmp
+    assert timeout(132, 0, 0, LIMITS) == LIMITS.other

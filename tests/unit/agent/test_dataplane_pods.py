@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which links inside a namespace are a pod's."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from bpfdp_agent.dataplane.addresses import DATA_PATTERN, select
+from bpfdp_agent.dataplane.links import Link
+from bpfdp_agent.dataplane.pods import match
+
+
+def link(ifindex, name, *, kind="veth", peer=0, up=True, addresses=()):
+    return Link(
+        ifindex=ifindex,
+        name=name,
+        kind=kind,
+        peer=peer,
+        peer_netns=0,
+        mac=f"02:00:00:00:00:{ifindex:02x}",
+        mtu=1500,
+        up=up,
+        addresses=tuple(ipaddress.ip_interface(text) for text in addresses),
+    )
+
+
+def hosts(*links):
+    return {each.ifindex: each for each in links}
+
+
+def test_a_pair_that_names_each_other_is_a_pod():
+    inside = [link(2, "eth0", peer=7, addresses=("10.1.0.2/24", "fd01::2/64"))]
+    (pod,) = match("cni-1", inside, hosts(link(7, "veth7", peer=2)))
+    assert (pod.netns, pod.ifindex, pod.ifname) == ("cni-1", 7, "veth7")
+    assert pod.addresses == ("10.1.0.2", "fd01::2")
+    assert (pod.mac, pod.host_mac) == ("02:00:00:00:00:02", "02:00:00:00:00:07")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        link(7, "veth7", peer=3),  # names another
+        link(7, "br0", kind="bridge", peer=2),
+        link(8, "veth8", peer=2),
+    ],
+)
+def test_what_does_not_answer_is_no_pod(host):
+    inside = [link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))]
+    assert match("cni-1", inside, hosts(host)) == []
+
+
+def test_without_an_address_it_is_no_pod_yet():
+    assert match("cni-1", [link(2, "eth0", peer=7)], hosts(link(7, "veth7", peer=2))) == []
+
+
+def test_data_devices_by_pattern_and_state():
+    links = [
+        link(1, "lo", kind="", addresses=("10.9.9.9/32",)),
+        link(3, "eth1", up=False),
+        link(2, "eth0", kind="", addresses=("192.0.2.1/24", "2001:db8::1/64")),
+        link(4, "cni0", kind="bridge", addresses=("10.1.0.1/24",)),
+    ]
+    found = select(links, DATA_PATTERN)
+    assert [each.name for each in found.data] == ["eth0"]
+    assert [str(each) for each in found.addresses] == [
+        "10.1.0.1",
+        "10.9.9.9",
+        "192.0.2.1",
+        "2001:db8::1",
+    ]
+    device = found.main_device([ipaddress.ip_address("2001:db8::1")])
+    assert device is not None and device.name == "eth0"
+    assert select(links, "^cni").data[0].name == "cni0"
+    assert select([], "").main_device([]) is None
