@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 LAYOUT_VERSION = 1
@@ -67,6 +67,10 @@ class Field:
             return f"{self.size(family)}s"
         return _SCALARS[self.kind][0]
 
+    def zero(self, family: int) -> int | bytes:
+        """The value of a field that is not given."""
+        return bytes(self.size(family)) if self.code(family).endswith("s") else 0
+
     def declaration(self) -> str:
         """C declaration."""
         if self.kind == "addr":
@@ -82,6 +86,19 @@ class Struct:
 
     name: str
     fields: tuple[Field, ...]
+    # worked out once per family: hundreds of thousands of entries are packed at start
+    _codecs: dict[int, struct.Struct] = field(init=False, repr=False, compare=False)
+    _zeros: dict[int, tuple[tuple[str, bool, Any], ...]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        codecs, zeros = {}, {}
+        for family in FAMILIES:
+            codecs[family] = struct.Struct("=" + "".join(f.code(family) for f in self.fields))
+            zeros[family] = tuple((f.name, f.kind == "be16", f.zero(family)) for f in self.fields)
+        object.__setattr__(self, "_codecs", codecs)
+        object.__setattr__(self, "_zeros", zeros)
 
     def size(self, family: int) -> int:
         """Size in bytes in the given address family."""
@@ -89,19 +106,21 @@ class Struct:
 
     def pack(self, family: int, **values: Any) -> bytes:
         """Bytes of the struct; fields not given are zero. Raises KeyError for unknown fields."""
-        unknown = values.keys() - {f.name for f in self.fields}
-        if unknown:
-            raise KeyError(f"struct {self.name} has no field {', '.join(sorted(unknown))}")
-        return struct.pack(
-            self._format(family), *(self._raw(f, family, values) for f in self.fields)
-        )
+        take = values.pop
+        raw = [
+            _swap16(take(name, zero)) if swap else take(name, zero)
+            for name, swap, zero in self._zeros[family]
+        ]
+        if values:
+            raise KeyError(f"struct {self.name} has no field {', '.join(sorted(values))}")
+        return self._codecs[family].pack(*raw)
 
     def unpack(self, family: int, data: bytes) -> dict[str, Any]:
         """Values by field name; addresses as bytes, ports in host order."""
-        raw = struct.unpack(self._format(family), data)
+        raw = self._codecs[family].unpack(data)
         return {
-            f.name: _swap16(v) if f.kind == "be16" else v
-            for f, v in zip(self.fields, raw, strict=True)
+            name: _swap16(value) if swap else value
+            for (name, swap, _), value in zip(self._zeros[family], raw, strict=True)
         }
 
     def c_source(self, family: int) -> str:
@@ -109,16 +128,6 @@ class Struct:
         body = "\n".join(f"    {f.declaration()}" for f in self.fields)
         check = f'_Static_assert(sizeof(struct {self.name}) == {self.size(family)}, "{self.name}");'
         return f"struct {self.name} {{\n{body}\n}};\n{check}\n"
-
-    def _format(self, family: int) -> str:
-        return "=" + "".join(f.code(family) for f in self.fields)
-
-    @staticmethod
-    def _raw(field: Field, family: int, values: dict[str, Any]) -> Any:
-        if field.kind == "addr" or field.kind.startswith("bytes"):
-            return values.get(field.name, bytes(field.size(family)))
-        value = values.get(field.name, 0)
-        return _swap16(value) if field.kind == "be16" else value
 
 
 def _swap16(value: int) -> int:
