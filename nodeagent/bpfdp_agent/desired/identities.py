@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from bpfdp_agent.diff.tables import MapWrites, Writes, difference
+from bpfdp_agent.diff.tables import Delta, MapWrites, Writes, difference
 from bpfdp_agent.layouts import ADDRESS_KEY, FAMILIES, IDENTITY, IdentityFlag
 from bpfdp_agent.model.addresses import family_of
 from bpfdp_agent.model.pods import NamedPort, named_ports
@@ -80,53 +80,35 @@ class IdentityTables:
 
     def update(self, view: ClusterView, addresses: Iterable[bytes]) -> IdentityChange:
         """Look again at these addresses (`Changes.addresses`)."""
-        before: dict[int, Identity] = {}
-        puts: dict[int, dict[bytes, bytes]] = {family: {} for family in FAMILIES}
-        deletes: dict[int, set[bytes]] = {family: set() for family in FAMILIES}
+        deltas = {family: Delta() for family in FAMILIES}
         fresh: set[int] = set()
         released: set[int] = set()
         for address in addresses:
             family = family_of(address)
             key = ADDRESS_KEY.pack(family, addr=address)
-            value = self._entry(view, address, family, fresh, released)
+            value = self._entry(view, address, fresh, released)
             table = self._tables[family]
             if value is None:
                 if table.pop(key, None) is not None:
-                    deletes[family].add(key)
+                    deltas[family].deletes.add(key)
             elif table.get(key) != value:
-                table[key] = puts[family][key] = value
-        for identity_id in released:
-            if not self._users.get(identity_id):
-                before[identity_id] = self._forget(identity_id)
-        steps = [
-            MapWrites(_MAP, family, puts[family], tuple(sorted(deletes[family])))
-            for family in FAMILIES
-            if puts[family] or deletes[family]
-        ]
+                table[key] = deltas[family].puts[key] = value
+        gone = {i: self._forget(i) for i in released if not self._users[i]}
         return IdentityChange(
-            new={i: self._identities[i] for i in fresh if i in self._identities},
-            writes=Writes(tuple(steps)),
-            gone={i: identity for i, identity in before.items() if i not in fresh},
+            new={i: self._identities[i] for i in fresh - gone.keys()},
+            writes=_writes(deltas),
+            gone={i: identity for i, identity in gone.items() if i not in fresh},
         )
 
     def resync(self, actual: Mapping[int, Mapping[bytes, bytes]]) -> Writes:
         """What brings the maps from any content to the desired."""
-        steps = []
-        for family in FAMILIES:
-            delta = difference(actual.get(family, {}), self._tables[family])
-            if delta.puts or delta.deletes:
-                steps.append(MapWrites(_MAP, family, delta.puts, tuple(sorted(delta.deletes))))
-        return Writes(tuple(steps))
+        return _writes({f: difference(actual.get(f, {}), self._tables[f]) for f in FAMILIES})
 
     def _entry(
-        self,
-        view: ClusterView,
-        address: bytes,
-        family: int,
-        fresh: set[int],
-        released: set[int],
+        self, view: ClusterView, address: bytes, fresh: set[int], released: set[int]
     ) -> bytes | None:
         """An address's value; a node's own addresses are never a pod's."""
+        family = family_of(address)
         node = view.nodes.at(address)
         pod = None if node else view.pod_at(address)
         old = self._at.pop(address, 0)
@@ -164,6 +146,16 @@ class IdentityTables:
         del self._users[identity_id]
         del self._ids[identity]
         return identity
+
+
+def _writes(deltas: Mapping[int, Delta]) -> Writes:
+    return Writes(
+        tuple(
+            MapWrites(_MAP, family, delta.puts, tuple(sorted(delta.deletes)))
+            for family, delta in deltas.items()
+            if delta.puts or delta.deletes
+        )
+    )
 
 
 def _hash(identity: Identity) -> int:

@@ -74,6 +74,8 @@ class FakeApi:
             await response.write(
                 line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
             )
+        if script and script[-1] == b"":  # cut off in the middle of a chunk
+            request.transport.abort()
         while script is None:
             line = await self.live.get()
             await response.write(json.dumps(line).encode() + b"\n")
@@ -283,3 +285,37 @@ async def test_long_lines_and_lines_cut_in_two():
     api.watches = [[big[:100], big[100:]]]
     async with reflecting(api) as queue:
         assert await briefs(queue, 2) == [("Synced",), ("Added", "big")]
+
+
+async def test_a_connection_that_is_cut_off_goes_on_from_the_last_version():
+    api = FakeApi()
+    api.watches = [[{"type": "ADDED", "object": obj("a", 11)}, b'{"type":', b""]]
+    async with reflecting(api) as queue:
+        assert await briefs(queue, 2) == [("Synced",), ("Added", "a")]
+        api.live.put_nowait({"type": "ADDED", "object": obj("b", 12)})
+        assert await briefs(queue, 1) == [("Added", "b")]
+    assert [w["resourceVersion"] for w in api.watched] == ["10", "11"]
+    assert len(api.lists) == 1
+
+
+async def test_a_line_that_is_no_json_starts_again_with_a_list():
+    api = FakeApi()
+    api.watches = [[b'{"type":\n']]
+    async with reflecting(api) as queue:
+        assert await briefs(queue, 2) == [("Synced",), ("Synced",)]
+
+
+async def test_no_api_server_is_waited_for(caplog, unused_tcp_port):
+    async def authorize():
+        return {}
+
+    connection = Connection(
+        aiohttp.ClientSession(), f"http://127.0.0.1:{unused_tcp_port}", authorize
+    )
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        await connection.request("GET", PATH)
+    reflector = Reflector(RESOURCES[Kind.SERVICE], connection, asyncio.Queue(), FAST)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reflector.run(), 0.2)
+    await connection.close()
+    assert "trying again" in caplog.text
