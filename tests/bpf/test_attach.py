@@ -90,7 +90,7 @@ def test_clsact_filters_per_family_and_direction(pins, loaded):
             await attacher.attach(Hook.FROM_NET, device, family, loaded[0])
             await attacher.attach(Hook.TO_NET, device, family, loaded[1])
         await attacher.attach(Hook.TO_NET, device, 6, loaded[2])
-        there = [(a.hook, a.family, a.kind) for a in await attacher.attached()]
+        there = [(a.hook, a.family, a.kind, a.program_id) for a in await attacher.attached()]
         shown = shell("tc filter show dev v0 egress")
         await attacher.detach(Hook.FROM_NET, device, 4)
         left = len(await attacher.attached())
@@ -98,11 +98,14 @@ def test_clsact_filters_per_family_and_direction(pins, loaded):
         return there, shown, left, shell("tc qdisc show dev v0")
 
     there, shown, left, qdiscs = in_own_netns(work)
+    first, second, third = ids(loaded)
     assert there == [
-        (hook, family, "TC") for hook in (Hook.FROM_NET, Hook.TO_NET) for family in (4, 6)
+        (Hook.FROM_NET, 4, "TC", first),
+        (Hook.FROM_NET, 6, "TC", first),
+        (Hook.TO_NET, 4, "TC", second),
+        (Hook.TO_NET, 6, "TC", third),
     ]
     assert "protocol ip pref 4 bpf chain 0 handle 0x1 bpfdp_to_net4 direct-action" in shown
-    assert f"id {ids(loaded)[2]} " in shown
     assert left == 3
     assert "clsact" not in qdiscs
 

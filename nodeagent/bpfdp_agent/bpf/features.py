@@ -131,10 +131,14 @@ def _sock_addr(attach_type: AttachType) -> Callable[[], None]:
     return attempt
 
 
-def _netns_cookie() -> None:
-    code = asm.call(asm.Helper.GET_NETNS_COOKIE) + asm.returning(_CGROUP_ALLOW)
-    for attach_type in (AttachType.CGROUP_INET4_CONNECT, AttachType.CGROUP_INET6_CONNECT):
-        _loads(code, ProgramType.CGROUP_SOCK_ADDR, attach_type)
+def _sock_addr_helper(helper: asm.Helper, arguments: bytes = b"") -> Callable[[], None]:
+    code = arguments + asm.call(helper) + asm.returning(_CGROUP_ALLOW)
+
+    def attempt() -> None:
+        for attach_type in (AttachType.CGROUP_INET4_CONNECT, AttachType.CGROUP_INET6_CONNECT):
+            _loads(code, ProgramType.CGROUP_SOCK_ADDR, attach_type)
+
+    return attempt
 
 
 def _bpffs() -> None:
@@ -226,6 +230,12 @@ FEATURES = (
             asm.zeroed_frame(48) + asm.set_register(3, 44) + asm.set_register(4, 0),
         ),
     ),
+    Probe(
+        "coarse_clock",
+        True,
+        "use a kernel of 5.11 or newer",
+        _tc_helper(asm.Helper.KTIME_GET_COARSE_NS, b""),
+    ),
     Probe("lru_hash", True, _HELPER_REMEDY, _map(MapType.LRU_HASH, 4, 4)),
     Probe("lpm_trie", True, _HELPER_REMEDY, _map(MapType.LPM_TRIE, 8, 4, NO_PREALLOC)),
     Probe("prog_array", True, _HELPER_REMEDY, _map(MapType.PROG_ARRAY, 4, 4)),
@@ -234,7 +244,14 @@ FEATURES = (
     Probe("sock_addr_v4", True, _CGROUP_REMEDY, _sock_addr(AttachType.CGROUP_INET4_CONNECT)),
     Probe("sock_addr_v6", True, _CGROUP_REMEDY, _sock_addr(AttachType.CGROUP_INET6_CONNECT)),
     Probe("getpeername", True, _CGROUP_REMEDY, _sock_addr(AttachType.CGROUP_INET4_GETPEERNAME)),
-    Probe("netns_cookie", True, _HELPER_REMEDY, _netns_cookie),
+    Probe("netns_cookie", True, _HELPER_REMEDY, _sock_addr_helper(asm.Helper.GET_NETNS_COOKIE)),
+    Probe("socket_cookie", True, _HELPER_REMEDY, _sock_addr_helper(asm.Helper.GET_SOCKET_COOKIE)),
+    Probe(
+        "set_retval",
+        True,
+        "use a kernel of 5.18 or newer",
+        _sock_addr_helper(asm.Helper.SET_RETVAL, asm.set_register(1, -111)),
+    ),
     Probe("bpffs", True, "mount it: mount -t bpf bpf /sys/fs/bpf", _bpffs),
     Probe("vxlan_external", True, "use a kernel with CONFIG_VXLAN", _vxlan_external),
     Probe("map_batch", False, "maps are then read entry by entry, which is slower", _map_batch),

@@ -19,10 +19,13 @@ class Helper(enum.IntEnum):
     TAIL_CALL = 12
     REDIRECT = 23
     SKB_SET_TUNNEL_KEY = 21
+    GET_SOCKET_COOKIE = 46
     FIB_LOOKUP = 69
     GET_NETNS_COOKIE = 122
     REDIRECT_NEIGH = 152
     REDIRECT_PEER = 155
+    KTIME_GET_COARSE_NS = 160
+    SET_RETVAL = 187
 
 
 def instruction(

@@ -16,6 +16,7 @@ import errno
 import os
 import re
 import socket
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,7 @@ _PROTOCOL = {4: 0x0800, 6: 0x86DD}
 _INGRESS_PARENT, _EGRESS_PARENT = 0xFFFFFFF2, 0xFFFFFFF3
 _CLSACT_HANDLE = 0xFFFF0000
 _GONE = (errno.ENODEV, errno.ENOENT, errno.EINVAL)
+_TCA_BPF_ID = 11
 _CGROUP_PREFIX = "cgroup_"
 
 
@@ -77,7 +79,7 @@ program for IPv6 sockets that talk IPv4, beside the IPv6 one."""
 
 @dataclass(frozen=True, slots=True, order=True)
 class Attachment:
-    """A program of ours at a device's hook. `kind` is how; `program_id` is 0 for TC filters."""
+    """A program of ours at a device's hook. `kind` is how it is attached."""
 
     hook: Hook
     ifindex: int
@@ -360,7 +362,17 @@ def _filter_attachment(message: Any, ifindex: int) -> Attachment | None:
     match = re.fullmatch(rf"{_FILTER_PREFIX}({'|'.join(Hook)})([46])", name or "")
     if match is None:
         return None
-    return Attachment(Hook(match[1]), ifindex, int(match[2]), "TC", 0)
+    return Attachment(Hook(match[1]), ifindex, int(match[2]), "TC", _filter_program(options))
+
+
+def _filter_program(options: Any) -> int:
+    """The program's id, from an attribute that pyroute2 does not know: its raw bytes."""
+    for _, attribute in options["attrs"]:
+        header = attribute.get("header") if isinstance(attribute, dict) else None
+        if header is not None and header["type"] == _TCA_BPF_ID:
+            (program_id,) = struct.unpack_from("=I", attribute.data, attribute.offset + 4)
+            return int(program_id)
+    return 0
 
 
 def _parent(hook: Hook) -> int:
