@@ -130,21 +130,19 @@ def _nodes_down(nodes: tuple[NodeView, ...], namespace: str) -> list[Problem]:
     if dark:
         text = f"{count_nodes(len(dark))} not Ready: {name_list(n.name for n in dark)}."
         found.append(Problem(Reason.NODE_NOT_READY, text))
-    # An unsupported node's agent has nothing to be ready for.
-    down = [n for n in nodes if n.node_ready and not n.agent_ready and n.supported is not False]
-    if any(n.reported for n in down):
-        down = [n for n in down if n.reported]
+    # An unsupported node's agent has nothing to be ready for; one that has just started may wait.
+    down = [
+        n
+        for n in nodes
+        if n.node_ready and not n.agent_ready and n.supported is not False
+        if n.attached or not n.starting
+    ]
+    if down:
         going_on = "; forwarding goes on" if all(n.attached for n in down) else ""
         text = (
             f"Agent not ready on {name_list(n.name for n in down)}{going_on}. See why: "
             f"kubectl -n {namespace} get pods -l app.kubernetes.io/component=agent -o wide"
         )
-        found.append(Problem(Reason.AGENT_NOT_READY, text))
-    complaining = [n for n in nodes if n.agent_ready and n.not_ready_because and not n.error_reason]
-    if complaining and all(n.supported is not False for n in complaining):
-        first = complaining[0]
-        names = name_list(n.name for n in complaining)
-        text = f"Agent not ready on {names}: {first.not_ready_because}"
         found.append(Problem(Reason.AGENT_NOT_READY, text))
     return found
 

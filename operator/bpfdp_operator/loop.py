@@ -44,6 +44,7 @@ class Reconciler:
         self._beat = time.monotonic()
         self._refresh_seconds = refresh_seconds
         self._last_refresh: float | None = None
+        self._last_listing: float | None = None
         self._moving = False
 
     def wake(self) -> None:
@@ -76,7 +77,7 @@ class Reconciler:
 
     def _failed(self, error: Exception, failures: int) -> int:
         """Log a failed pass, with its trace where it is neither the network nor the API server."""
-        self._last_refresh = None
+        self._last_refresh = self._last_listing = None
         known = isinstance(error, ApiError | OSError | TimeoutError)
         if isinstance(error, ApiError) and error.status == CONFLICT:
             log.info("someone else wrote first; trying again", extra={"error": str(error)})
@@ -103,8 +104,7 @@ class Reconciler:
         started = time.monotonic()
         due = self._last_refresh is None or started - self._last_refresh >= self._refresh_seconds
         if due:
-            await observe.refresh(connection, self.store, self._deployment)
-            self._last_refresh = started
+            await self._refresh(connection, started)
         world = await observe.read(
             connection, self.store, self._deployment, self.memory, now, resync=due
         )
@@ -120,6 +120,15 @@ class Reconciler:
         await self._act(applier, decided, config, now)
         if changed or any(_announced(action) for action in decided.actions):
             self.wake()
+
+    async def _refresh(self, connection: Connection, started: float) -> None:
+        """Read again what a broken watch may have missed; the long lists ten times more rarely."""
+        listed = self._last_listing
+        if listed is None or started - listed >= 10 * self._refresh_seconds:
+            await observe.refresh_nodes(connection, self.store)
+            self._last_listing = started
+        await observe.refresh(connection, self.store, self._deployment)
+        self._last_refresh = started
 
     async def _act(self, applier: Applier, decided: Plan, config: Config, now: float) -> None:
         """Carry out the actions; a refusal is remembered, to be shown in the status."""

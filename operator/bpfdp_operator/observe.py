@@ -43,12 +43,16 @@ def daemonsets(namespace: str) -> str:
     return f"/apis/apps/v1/namespaces/{namespace}/daemonsets"
 
 
-async def refresh(connection: Connection, store: Store, deployment: w.Deployment) -> None:
-    """List everything that is watched and take it over."""
-    config = await find(connection, w.Config, f"{CONFIGS}/{w.CONFIG_NAME}")
-    store.replace(w.Config, [config] if config else [])
+async def refresh_nodes(connection: Connection, store: Store) -> None:
+    """List what there is one of for each node and take it over."""
     store.replace(w.BpfNode, await list_all(connection, w.BpfNode, BPF_NODES))
     store.replace(w.Node, await list_all(connection, w.Node, NODES))
+
+
+async def refresh(connection: Connection, store: Store, deployment: w.Deployment) -> None:
+    """Read the few other objects that are watched and take them over."""
+    config = await find(connection, w.Config, f"{CONFIGS}/{w.CONFIG_NAME}")
+    store.replace(w.Config, [config] if config else [])
     slices = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
     query = {"labelSelector": SLICES_OF_KUBERNETES}
     store.replace(w.EndpointSlice, await list_all(connection, w.EndpointSlice, slices, query))

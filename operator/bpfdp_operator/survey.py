@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from bpfdp_operator.reasons import Reason
-from bpfdp_operator.world import condition_of, is_false, is_true
+from bpfdp_operator.world import condition_of, is_true
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from bpfdp_operator.world import BpfNode, Node, World
+    from bpfdp_operator.world import BpfNode, BpfNodeStatus, Node, Pod, World
+
+
+STARTING_SECONDS = 60.0
+"""An agent on a node not yet served may take this long to become Ready."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +35,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     detached: bool = False
     synced: bool = False
     cleared: bool = False
-    not_ready_because: str = ""
+    starting: bool = False
     error_reason: Reason | None = None
     error_message: str = ""
 
@@ -69,10 +74,18 @@ def survey(world: World) -> Survey:
     reports = {b.metadata.name: b for b in world.bpf_nodes}
     pods = {p.spec.node_name for p in world.agent_pods if p.spec.node_name}
     ready = {p.spec.node_name for p in world.agent_pods if p.ready}
+    starting = {p.spec.node_name for p in world.agent_pods if _starting(p, world.now)}
     members = pods | {name for name in reports if name in nodes and in_rollout(world, nodes[name])}
     generation = world.config.metadata.generation if world.config else 0
     views = tuple(
-        _view(name, nodes.get(name), reports.get(name), name in ready, generation)
+        _view(
+            nodes.get(name),
+            reports.get(name),
+            name=name,
+            agent_ready=name in ready,
+            starting=name in starting,
+            generation=generation,
+        )
         for name in sorted(members)
     )
     agent = world.agent
@@ -90,18 +103,34 @@ def in_rollout(world: World, node: Node) -> bool:
     return all(node.metadata.labels.get(key) == value for key, value in selector.items())
 
 
+def _starting(pod: Pod, now: float) -> bool:
+    """Whether a pod became not Ready so short a while ago that nobody need look."""
+    readiness = condition_of(pod.status.conditions, "Ready")
+    if readiness is None or readiness.last_transition_time is None:
+        return pod.metadata.deletion_timestamp is None
+    since = datetime.fromisoformat(readiness.last_transition_time).timestamp()
+    return now - since < STARTING_SECONDS
+
+
 def _view(
-    name: str, node: Node | None, report: BpfNode | None, agent_ready: bool, generation: int
+    node: Node | None,
+    report: BpfNode | None,
+    *,
+    name: str,
+    agent_ready: bool,
+    starting: bool,
+    generation: int,
 ) -> NodeView:
     node_ready = node is None or node.ready
     if report is None:
-        return NodeView(name=name, node_ready=node_ready, agent_ready=agent_ready)
+        return NodeView(
+            name=name, node_ready=node_ready, agent_ready=agent_ready, starting=starting
+        )
     status = report.status
     conditions = status.conditions
     features = condition_of(conditions, "FeaturesSupported")
     attached = condition_of(conditions, "Attached")
-    readiness = condition_of(conditions, "Ready")
-    error = status.last_error
+    error = _error(status)
     return NodeView(
         name=name,
         node_ready=node_ready,
@@ -116,16 +145,36 @@ def _view(
         and attached.reason == Reason.DETACHED,
         synced=is_true(conditions, "ServicesSynced") and is_true(conditions, "PoliciesSynced"),
         cleared=is_true(conditions, "KubeProxyRulesCleared"),
-        not_ready_because=readiness.message
-        if readiness is not None and is_false(conditions, "Ready")
-        else "",
-        error_reason=_reason(error.reason) if error and error.reason else None,
-        error_message=_error_text(error.object, error.message) if error else "",
+        starting=starting,
+        error_reason=error[0] if error else None,
+        error_message=error[1] if error else "",
     )
 
 
 def _verdict(status: str) -> bool | None:
     return {"True": True, "False": False}.get(status)
+
+
+def _error(status: BpfNodeStatus) -> tuple[Reason, str] | None:
+    """What is wrong on the node now: its lastError, else a condition that says so."""
+    error = status.last_error
+    if error is not None and error.reason:
+        return _reason(error.reason), _error_text(error.object, error.message)
+    for condition in status.conditions:
+        if condition.status == "False" and condition.reason in _ERRORS:
+            return Reason(condition.reason), condition.message
+    return None
+
+
+_ERRORS = frozenset(
+    {
+        Reason.PROGRAM_REJECTED,
+        Reason.TEMPLATE_ERROR,
+        Reason.MAP_FULL,
+        Reason.INVALID_CONFIGURATION,
+        Reason.INVALID_OBJECT,
+    }
+)
 
 
 def _reason(text: str) -> Reason:

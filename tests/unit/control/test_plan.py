@@ -388,7 +388,7 @@ def move(fake: FakeCluster, what: str, argument: object) -> None:
             fake.nodes[index].agent_alive = True
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(taken=st.booleans(), moves=st.lists(MOVES, max_size=40), end=END)
 def test_from_any_state_to_the_wanted_one(
     taken: bool, moves: list[tuple[str, object]], end: str
