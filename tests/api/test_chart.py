@@ -262,9 +262,8 @@ def test_hooks_and_operator_have_the_rights_they_need(
     try:
         # The hook counts the operator as dead after 20 s.
         eventually("kube-proxy's selector", lambda: selector(installed) == LINUX, seconds=60)
-        patch = json.dumps(
-            {"status": {"observedGeneration": 99}}
-        )  # the DaemonSet controller's part
+        # The DaemonSet controller's part.
+        patch = json.dumps({"status": {"observedGeneration": 99}})
         installed.kubectl(
             "patch", "daemonset", "kube-proxy", "-n", "kube-system", "--subresource=status",
             "--type=merge", "-p", patch,
