@@ -418,6 +418,19 @@ async def test_asking_for_a_version_again_keeps_it(bench):
     assert await found.free(()) == []
 
 
+async def test_a_version_loaded_anew_while_it_is_freed_is_still_asked_for(bench):
+    found, program = await bench.programs(), ingress(block("10.0.0.0/8"))
+    await load(found, program, Membership())
+    await found.free(())
+    bench.now += policies.GRACE
+    freeing = asyncio.create_task(found.free(()))
+    await asyncio.sleep(0)
+    slot = await load(found, program, Membership())
+    assert await freeing == []
+    assert set(bench.slots(4)) == {POLICY_SLOT_DENY, slot}
+    assert bench.judge(slot, "ingress", "10.0.0.1", 6, 80) == ALLOWED
+
+
 # -- restart ----------------------------------------------------------------------------------
 
 

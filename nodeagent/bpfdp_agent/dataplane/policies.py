@@ -175,7 +175,7 @@ class PolicyPrograms:
         """Free the versions whose slot nobody has had for GRACE seconds, one by one.
 
         `in_use`: the slots in the endpoints maps, and those about to be written there. Returns the
-        spec keys of what was freed. To be called every few seconds.
+        spec keys of what is not loaded any more. To be called every few seconds.
         """
         now = self._clock()
         doomed = []
@@ -195,7 +195,8 @@ class PolicyPrograms:
                 )
             await self._remove(held.version.folder)
             self._leaving.discard(held.version.slot)
-        return [held.spec.key for held in doomed if held.spec is not None]
+        gone = [held.spec.key for held in doomed if held.spec is not None]
+        return [key for key in gone if key not in self._asked]  # else loaded anew meanwhile
 
     def policies_in(self, slot: int) -> tuple[str, ...]:
         """The policies (namespace/name) a slot's program was made from, as far as known."""
