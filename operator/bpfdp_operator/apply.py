@@ -87,23 +87,22 @@ class Applier:
     # The config itself
 
     async def _add_finalizer(self, _: plan.AddFinalizer, config: w.Config, _now: float) -> None:
-        await self._finalizers(config, (*config.metadata.finalizers, w.FINALIZER))
+        await self._finalizers(config, wanted=True)
 
     async def _remove_finalizer(
         self, _: plan.RemoveFinalizer, config: w.Config, now: float
     ) -> None:
         if config.deleting:
             await self.tell(config, "Deleting", "All traces are gone; letting the config go.", now)
-        await self._finalizers(
-            config, tuple(f for f in config.metadata.finalizers if f != w.FINALIZER)
-        )
+        await self._finalizers(config, wanted=False)
 
-    async def _finalizers(self, config: w.Config, finalizers: tuple[str, ...]) -> None:
-        # resourceVersion: the list is replaced whole, and others may hold finalizers of their own.
-        # The object in hand may be older than the status just written.
+    async def _finalizers(self, config: w.Config, *, wanted: bool) -> None:
+        # The config in hand is older than the status just written. resourceVersion: the list is
+        # replaced whole, and others may hold finalizers of their own.
         current = self._store.get(w.Config, config.metadata.name) or config
+        others = [f for f in current.metadata.finalizers if f != w.FINALIZER]
         metadata = {
-            "finalizers": list(finalizers),
+            "finalizers": [*others, w.FINALIZER] if wanted else others,
             "resourceVersion": current.metadata.resource_version,
         }
         path = f"{observe.CONFIGS}/{config.metadata.name}"
