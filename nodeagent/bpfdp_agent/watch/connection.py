@@ -104,17 +104,17 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         rest += last
 
 
-async def connect() -> Connection:
-    """Connect as the pod's service account, or elsewhere as the kubeconfig says.
+async def connect(kubeconfig: str | None = None) -> Connection:
+    """Connect as the given kubeconfig says, else as the pod's service account, else as KUBECONFIG.
 
     Raises ConnectionError saying what to configure.
     """
     settings = Configuration()
     try:
-        if "KUBERNETES_SERVICE_HOST" in os.environ:
+        if kubeconfig is None and "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
         else:
-            await config.load_kube_config(client_configuration=settings)
+            await config.load_kube_config(kubeconfig, client_configuration=settings)
     except (config.ConfigException, OSError) as error:
         raise ConnectionError(f"{NO_CLUSTER} ({error})") from error
 
