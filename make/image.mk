@@ -37,7 +37,7 @@ $(IMAGE_ARCHIVE): Containerfile .containerignore $(WHEELS)/.ready $(IMAGE_SOURCE
 	cp -r bpf_templates build/image/templates
 	rm -rf build/image/templates/kbuild
 	cp -r crds build/image/crds
-	.venv/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/image .
+	.venv/bin/pip wheel --quiet --no-deps --wheel-dir build/image .
 	$(BUILDAH) bud --layers --pull-never --network host $(APT_SETTINGS) --tag $(IMAGE) --file Containerfile .
 	rm -f $@
 	$(BUILDAH) push --quiet $(IMAGE) docker-archive:$@:$(IMAGE)
