@@ -62,6 +62,7 @@ def test_more_entries_than_a_page(kind):
     with new_map(kind, entries=4 * count) as fd:
         syscall.map_update_all(fd, wanted)
         assert syscall.map_items(fd) == wanted
+        assert syscall.map_count(fd) == count
         syscall.map_delete_all(fd, [key(n) for n in range(0, 2 * count, 2)])  # half are not there
         assert len(syscall.map_items(fd)) == count // 2
 

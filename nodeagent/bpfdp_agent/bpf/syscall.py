@@ -91,6 +91,7 @@ class UpdateFlag(enum.IntEnum):
     EXIST = 2
 
 
+_NO_BATCHES = (ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP)
 _PERCPU_TYPES = frozenset({5, 6, 10, 21})
 
 
@@ -274,16 +275,33 @@ def map_items(fd: int, info: MapInfo | None = None) -> dict[bytes, bytes]:
         for page in map_lookup_batches(fd, info):
             items.update(page)
     except SyscallFailed as error:
-        if error.errno not in (ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in _NO_BATCHES:
             raise
         return dict(_items_by_key(fd, info))
     return items
 
 
+def map_count(fd: int, info: MapInfo | None = None) -> int:
+    """Number of entries, cheaper than reading them."""
+    info = info or map_info(fd)
+    try:
+        return sum(count for _, _, count in _raw_batches(fd, info, BATCH))
+    except SyscallFailed as error:
+        if error.errno not in _NO_BATCHES:
+            raise
+        return sum(1 for _ in _items_by_key(fd, info))
+
+
 def map_lookup_batches(
     fd: int, info: MapInfo, batch: int = BATCH
 ) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Pages of entries. Entries written meanwhile may be missed, or seen twice.
+    """Pages of entries. Entries written meanwhile may be missed, or seen twice."""
+    for keys, values, count in _raw_batches(fd, info, batch):
+        yield list(_split(keys, values, info, count))
+
+
+def _raw_batches(fd: int, info: MapInfo, batch: int) -> Iterator[tuple[bytes, bytes, int]]:
+    """Pages as (keys, values, number of entries).
 
     ENOSPC (a hash bucket holds more than the page) doubles the page; ENOENT marks the last page.
     """
@@ -292,19 +310,19 @@ def map_lookup_batches(
     done = False
     while not done:
         try:
-            page, position, done = _lookup_batch(fd, info, position, size)
+            keys, values, count, position, done = _lookup_batch(fd, info, position, size)
         except SyscallFailed as error:
             if error.errno != errno.ENOSPC or size >= info.max_entries:
                 raise
             size = min(size * 2, info.max_entries)
             continue
-        yield page
+        yield keys, values, count
 
 
 def _lookup_batch(
     fd: int, info: MapInfo, position: bytes | None, size: int
-) -> tuple[list[tuple[bytes, bytes]], bytes, bool]:
-    """One page: its entries, the cursor for the next page, and whether it was the last."""
+) -> tuple[bytes, bytes, int, bytes, bool]:
+    """One page: keys, values, their number, the next page's cursor, whether it was the last."""
     keys = ctypes.create_string_buffer(info.key_size * size)
     values = ctypes.create_string_buffer(info.value_bytes * size)
     cursor_size = max(info.key_size, 4)  # hash maps: a bucket number, LPM and arrays: a key
@@ -326,7 +344,7 @@ def _lookup_batch(
     except NotFound:
         done = True
     (count,) = struct.unpack_from("=I", attr, 32)
-    return list(_split(keys.raw, values.raw, info, count)), out.raw, done
+    return keys.raw, values.raw, count, out.raw, done
 
 
 def _split(keys: bytes, values: bytes, info: MapInfo, count: int) -> Iterator[tuple[bytes, bytes]]:

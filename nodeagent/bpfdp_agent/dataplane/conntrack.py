@@ -9,12 +9,13 @@ its id in `sport`). Times are CLOCK_MONOTONIC, as BPF writes them.
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bpfdp_agent.bpf import syscall
-from bpfdp_agent.layouts import CT, CT_KEY, CtFlag, TcpFlag
+from bpfdp_agent.layouts import CT, CT_KEY, CtFlag, Struct, TcpFlag
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -25,6 +26,7 @@ TCP, UDP = 6, 17
 ICMP = (1, 58)
 PAGE = 1024
 _SECOND = 1_000_000_000
+_LAST_SEEN = struct.Struct("=Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +99,25 @@ async def collect(
     """One pass over a family's table: forget what has been silent too long, count the rest."""
     limits = timeouts or Timeouts()
     seen = Collected()
+    young = [int(shortest(proto, limits) * _SECOND) for proto in range(256)]
+    # Most entries are young: only these two fields of them are decoded.
+    proto_at, seen_at = (
+        _offset(CT_KEY, "proto", table.family),
+        _offset(CT, "last_seen", table.family),
+    )
     for page in syscall.map_lookup_batches(table.descriptor, table.info, PAGE):
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) if now_ns is None else now_ns
         doomed: set[bytes] = set()
         for raw_key, raw_value in page:
-            seen.entries += 1
-            pair = _expired(table, raw_key, raw_value, now, limits)
-            if pair:
+            proto = raw_key[proto_at]
+            (last_seen,) = _LAST_SEEN.unpack_from(raw_value, seen_at)
+            pair: set[bytes] = set()
+            if now - last_seen >= young[proto]:
+                pair = _expired(table, raw_key, raw_value, now, limits)
                 doomed |= pair
-            else:
-                _count(seen, raw_key, table.family)
+            if not pair:
+                _count(seen, proto)
+        seen.entries += len(page)
         syscall.map_delete_all(table.descriptor, doomed)
         seen.removed += len(doomed)
         await asyncio.sleep(0)
@@ -142,8 +153,6 @@ def _expired(
     family = table.family
     key, value = CT_KEY.unpack(family, raw_key), CT.unpack(family, raw_value)
     silent = now - value["last_seen"]
-    if silent < shortest(key["proto"], limits) * _SECOND:
-        return set()
     partner = partner_key(family, key, value)
     raw_partner = table.lookup(partner)
     flags = 0
@@ -155,8 +164,12 @@ def _expired(
     return {raw_key, partner} if raw_partner is not None else {raw_key}
 
 
-def _count(seen: Collected, raw_key: bytes, family: int) -> None:
-    proto = CT_KEY.unpack(family, raw_key)["proto"]
+def _offset(described: Struct, name: str, family: int) -> int:
+    names = [field.name for field in described.fields]
+    return sum(field.size(family) for field in described.fields[: names.index(name)])
+
+
+def _count(seen: Collected, proto: int) -> None:
     if proto == TCP:
         seen.tcp += 1
     elif proto == UDP:

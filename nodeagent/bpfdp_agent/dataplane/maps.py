@@ -43,6 +43,10 @@ class OpenMap:
         """Every entry."""
         return syscall.map_items(self.descriptor, self.info)
 
+    def count(self) -> int:
+        """Number of entries, cheaper than `len(read())`."""
+        return syscall.map_count(self.descriptor, self.info)
+
     def lookup(self, key: bytes) -> bytes | None:
         """One value, or None."""
         return syscall.map_lookup(self.descriptor, key, self.info.value_bytes)
@@ -129,8 +133,18 @@ class MapStore:
         self._open: dict[tuple[str, int], OpenMap] = {}
 
     def open(self) -> None:
-        """Open or create and pin every map. A map of another size is copied into a new one."""
+        """Open or create and pin every map. A map of another size is copied into a new one.
+
+        Raises MapMismatch, MapFull (the copy does not fit) and SyscallFailed; nothing is open then.
+        """
         self._pins.make()
+        try:
+            self._open_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_all(self) -> None:
         for layout in self._layouts:
             if layout.per_family:
                 for family in layouts.FAMILIES:
