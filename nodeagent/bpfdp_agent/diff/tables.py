@@ -75,8 +75,8 @@ SERVICE_PHASES = (
 )
 """A frontend is written after everything it leads to and deleted before it.
 
-A reader that took a frontend just before a put may still find a slot gone: it treats that as it
-would an empty list, for that one packet.
+A reader that took a frontend just before a put may find its slot gone already: the programs then
+take slot 0, which goes last (bpf_templates/include/service.h).
 """
 
 SERVICE_MAPS = ("frontends", "slots", "backends", "members", "source_ranges")
