@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from bpf.nodes import CAST, Addresses, Netns, Node, compile_sources, compile_template
-
 from bpfdp_agent import catalog
 from bpfdp_agent.bpf.objects import Function, Source
 

@@ -75,14 +75,24 @@ class Frame:
     def reply(self, **changes: object) -> Frame:
         """What the receiver of this packet would answer."""
         flags = SYN | ACK if self.flags == SYN else ACK
-        back = replace(self, src=self.dst, dst=self.src, sport=self.dport, dport=self.sport, flags=flags, ttl=64)
+        back = replace(
+            self,
+            src=self.dst,
+            dst=self.src,
+            sport=self.dport,
+            dport=self.sport,
+            flags=flags,
+            ttl=64,
+        )
         return replace(back, **changes)  # type: ignore[arg-type]
 
     def transport(self) -> bytes:
         """Transport header and payload."""
         pseudo = raw(self.src) + raw(self.dst)
         if self.proto == TCP:
-            body = struct.pack(">HHIIBBHHH", self.sport, self.dport, self.seq, 0, 0x50, self.flags, 1000, 0, 0)
+            body = struct.pack(
+                ">HHIIBBHHH", self.sport, self.dport, self.seq, 0, 0x50, self.flags, 1000, 0, 0
+            )
             at = 16
         elif self.proto == UDP:
             body = struct.pack(">HHHH", self.sport, self.dport, 8 + len(self.payload), 0)
@@ -106,19 +116,22 @@ class Frame:
         body = self.payload if later else self.transport()
         if self.family == 4:
             offset, more, number = self.fragment or (0, False, 0)
-            header = struct.pack(
-                ">BBHHHBBH4s4s",
-                0x45 + len(self.options) // 4,
-                0,
-                20 + len(self.options) + len(body),
-                number,
-                (0x2000 if more else 0) | offset,
-                self.ttl,
-                self.proto,
-                0,
-                raw(self.src),
-                raw(self.dst),
-            ) + self.options
+            header = (
+                struct.pack(
+                    ">BBHHHBBH4s4s",
+                    0x45 + len(self.options) // 4,
+                    0,
+                    20 + len(self.options) + len(body),
+                    number,
+                    (0x2000 if more else 0) | offset,
+                    self.ttl,
+                    self.proto,
+                    0,
+                    raw(self.src),
+                    raw(self.dst),
+                )
+                + self.options
+            )
             return header[:10] + struct.pack(">H", checksum(header)) + header[12:] + body
         chain = list(self.extensions)
         if self.fragment is not None:
@@ -127,11 +140,22 @@ class Frame:
         kinds = [kind for kind, _ in chain] + [self.proto]
         extensions = b"".join(bytes([kinds[i + 1]]) + data[1:] for i, (_, data) in enumerate(chain))
         size = len(extensions) + len(body)
-        return struct.pack(">IHBB16s16s", 6 << 28, size, kinds[0], self.ttl, raw(self.src), raw(self.dst)) + extensions + body
+        return (
+            struct.pack(
+                ">IHBB16s16s", 6 << 28, size, kinds[0], self.ttl, raw(self.src), raw(self.dst)
+            )
+            + extensions
+            + body
+        )
 
     def __bytes__(self) -> bytes:
         """The Ethernet frame."""
-        return self.macs[0] + self.macs[1] + (b"\x08\x00" if self.family == 4 else b"\x86\xdd") + self.network()
+        return (
+            self.macs[0]
+            + self.macs[1]
+            + (b"\x08\x00" if self.family == 4 else b"\x86\xdd")
+            + self.network()
+        )
 
 
 def read(frame: bytes) -> Frame:
@@ -161,12 +185,30 @@ def read_network(packet: bytes, macs: tuple[bytes, bytes] = (HOST_MAC, PEER_MAC)
             length = 8 if proto == 44 else (packet[size + 1] + 1) * 8
             if proto == 44:
                 place = int.from_bytes(packet[size + 2 : size + 4], "big")
-                fragment = (place >> 3, bool(place & 1), int.from_bytes(packet[size + 4 : size + 8], "big"))
+                fragment = (
+                    place >> 3,
+                    bool(place & 1),
+                    int.from_bytes(packet[size + 4 : size + 8], "big"),
+                )
             else:
                 extensions.append((proto, packet[size : size + length]))
             proto, size = packet[size], size + length
         body = packet[size:]
-    found = Frame(str(src), str(dst), proto, 0, 0, 0, ttl, body, options=options, fragment=fragment, macs=macs, valid=valid, extensions=tuple(extensions))
+    found = Frame(
+        str(src),
+        str(dst),
+        proto,
+        0,
+        0,
+        0,
+        ttl,
+        body,
+        options=options,
+        fragment=fragment,
+        macs=macs,
+        valid=valid,
+        extensions=tuple(extensions),
+    )
     if fragment is not None and fragment[0] > 0:
         return found
     return _read_transport(found, body, src.packed + dst.packed)
@@ -174,13 +216,29 @@ def read_network(packet: bytes, macs: tuple[bytes, bytes] = (HOST_MAC, PEER_MAC)
 
 def _read_transport(found: Frame, body: bytes, pseudo: bytes) -> Frame:
     proto = found.proto
-    whole = checksum(body if proto == ICMP4 else pseudo + struct.pack(">I3xB", len(body), proto) + body) == 0
+    whole = (
+        checksum(body if proto == ICMP4 else pseudo + struct.pack(">I3xB", len(body), proto) + body)
+        == 0
+    )
     if proto == TCP and len(body) >= 20:
         sport, dport, seq, _, offset, flags = struct.unpack(">HHIIBB", body[:14])
-        return found.but(sport=sport, dport=dport, flags=flags, seq=seq, payload=body[(offset >> 4) * 4 :], valid=found.valid and whole)
+        return found.but(
+            sport=sport,
+            dport=dport,
+            flags=flags,
+            seq=seq,
+            payload=body[(offset >> 4) * 4 :],
+            valid=found.valid and whole,
+        )
     if proto == UDP and len(body) >= 8:
         sport, dport, _, value = struct.unpack(">HHHH", body[:8])
-        return found.but(sport=sport, dport=dport, payload=body[8:], udp_checksum=value != 0, valid=found.valid and (whole or value == 0))
+        return found.but(
+            sport=sport,
+            dport=dport,
+            payload=body[8:],
+            udp_checksum=value != 0,
+            valid=found.valid and (whole or value == 0),
+        )
     if proto in (ICMP4, ICMP6) and len(body) >= 8:
         kind, code, _, word = struct.unpack(">BBHI", body[:8])
         return found.but(icmp=(kind, code, word), payload=body[8:], valid=found.valid and whole)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from bpf.frames import Frame, raw, read
-
 from bpfdp_agent import catalog, layouts
 from bpfdp_agent.bpf import syscall
 from bpfdp_agent.bpf.cache import ObjectCache
@@ -125,20 +124,45 @@ class Addresses:
 
 
 CAST = {
-    4: Addresses(4, "10.0.0.1", "10.0.0.2", "10.0.0.254", "10.1.1.2", "10.1.1.3", "10.1.2.2", "192.0.2.9", "10.96.0.10", "198.51.100.7"),
-    6: Addresses(6, "fd00::1", "fd00::2", "fd00::fe", "fd01:1::2", "fd01:1::3", "fd01:2::2", "2001:db8::9", "fd96::10", "2001:db8:7::7"),
+    4: Addresses(
+        4,
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.0.254",
+        "10.1.1.2",
+        "10.1.1.3",
+        "10.1.2.2",
+        "192.0.2.9",
+        "10.96.0.10",
+        "198.51.100.7",
+    ),
+    6: Addresses(
+        6,
+        "fd00::1",
+        "fd00::2",
+        "fd00::fe",
+        "fd01:1::2",
+        "fd01:1::3",
+        "fd01:2::2",
+        "2001:db8::9",
+        "fd96::10",
+        "2001:db8:7::7",
+    ),
 }
 
 
 class Node:
     """One node's maps and tc programs in one family."""
 
-    def __init__(self, family: int, netns: Netns, functions: dict[str, Function], arrive: dict[str, Function]) -> None:
+    def __init__(
+        self, family: int, netns: Netns, functions: dict[str, Function], arrive: dict[str, Function]
+    ) -> None:
         self.family = family
         self.netns = netns
         self.cast = CAST[family]
         self.maps: dict[str, OpenMap] = {
-            each.name: create_map(each, family, max_entries=min(each.max_entries, MAP_SIZE)) for each in layouts.MAPS
+            each.name: create_map(each, family, max_entries=min(each.max_entries, MAP_SIZE))
+            for each in layouts.MAPS
         }
         self._descriptors = {name: each.descriptor for name, each in self.maps.items()}
         self._programs: dict[str, int] = {}
@@ -151,10 +175,14 @@ class Node:
         self._onward = syscall.map_create(layouts.MapType.PROG_ARRAY, 4, 4, 1, name="onward")
         set_slot(self._onward, 0, self._programs["from_tunnel"])
         name = f"arrive{family}"
-        self._programs[name] = syscall.prog_load(ProgramType.SCHED_CLS, arrive[name].with_maps({"onward": self._onward}), name=name)
+        self._programs[name] = syscall.prog_load(
+            ProgramType.SCHED_CLS, arrive[name].with_maps({"onward": self._onward}), name=name
+        )
 
     def load(self, function: Function) -> int:
-        self._programs[function.name] = load(function, self._descriptors, ProgramType.SCHED_CLS, AttachType.NONE).descriptor
+        self._programs[function.name] = load(
+            function, self._descriptors, ProgramType.SCHED_CLS, AttachType.NONE
+        ).descriptor
         return self._programs[function.name]
 
     def close(self) -> None:
@@ -171,18 +199,27 @@ class Node:
     def reset(self) -> None:
         """Empty every map but the prog arrays' built-in slots; zero the counters."""
         for each in self.maps.values():
-            if each.layout.type is layouts.MapType.PROG_ARRAY or each.layout.type is layouts.MapType.ARRAY:
+            if (
+                each.layout.type is layouts.MapType.PROG_ARRAY
+                or each.layout.type is layouts.MapType.ARRAY
+            ):
                 continue
             if each.layout.type is layouts.MapType.PERCPU_ARRAY:
                 for index in range(each.info.max_entries):
-                    syscall.map_update(each.descriptor, struct.pack("=I", index), bytes(each.info.value_bytes))
+                    syscall.map_update(
+                        each.descriptor, struct.pack("=I", index), bytes(each.info.value_bytes)
+                    )
                 continue
             for key in each.read():
                 syscall.map_delete(each.descriptor, key)
 
     def put(self, name: str, key: dict[str, Any], **value: Any) -> None:
         layout = self.maps[name].layout
-        syscall.map_update(self.maps[name].descriptor, layout.key.pack(self.family, **key), layout.value.pack(self.family, **value))
+        syscall.map_update(
+            self.maps[name].descriptor,
+            layout.key.pack(self.family, **key),
+            layout.value.pack(self.family, **value),
+        )
 
     def delete(self, name: str, **key: Any) -> bool:
         layout = self.maps[name].layout
@@ -193,7 +230,9 @@ class Node:
         found = {}
         table = self.maps["counters"]
         for counter in layouts.Counter:
-            data = syscall.map_lookup(table.descriptor, struct.pack("=I", counter), table.info.value_bytes)
+            data = syscall.map_lookup(
+                table.descriptor, struct.pack("=I", counter), table.info.value_bytes
+            )
             assert data is not None
             total = sum(struct.unpack(f"={len(data) // 8}Q", data))
             if total:
@@ -205,7 +244,14 @@ class Node:
         sport, dport = packet.sport, packet.dport
         if packet.proto in (1, 58):
             sport, dport = packet.icmp[2] >> 16, 0
-        key = layouts.CT_KEY.pack(self.family, src=raw(packet.src), dst=raw(packet.dst), sport=sport, dport=dport, proto=packet.proto)
+        key = layouts.CT_KEY.pack(
+            self.family,
+            src=raw(packet.src),
+            dst=raw(packet.dst),
+            sport=sport,
+            dport=dport,
+            proto=packet.proto,
+        )
         data = syscall.map_lookup(self.maps["ct"].descriptor, key, self.maps["ct"].info.value_bytes)
         return None if data is None else layouts.CT.unpack(self.family, data)
 
@@ -214,7 +260,14 @@ class Node:
         entry = self.flow(packet)
         assert entry is not None
         entry["checked"] = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - int(seconds * 1e9)
-        key = layouts.CT_KEY.pack(self.family, src=raw(packet.src), dst=raw(packet.dst), sport=packet.sport, dport=packet.dport, proto=packet.proto)
+        key = layouts.CT_KEY.pack(
+            self.family,
+            src=raw(packet.src),
+            dst=raw(packet.dst),
+            sport=packet.sport,
+            dport=packet.dport,
+            proto=packet.proto,
+        )
         syscall.map_update(self.maps["ct"].descriptor, key, layouts.CT.pack(self.family, **entry))
 
     # -- the node as the control plane would describe it
@@ -237,10 +290,21 @@ class Node:
             self.put("nodes", {"addr": node_bytes(each)}, value=1)
             self.put("identities", {"addr": raw(each)}, id=2, flags=int(layouts.IdentityFlag.NODE))
         for number, pod in enumerate((self.cast.pod_x, self.cast.pod_y, self.cast.pod_z)):
-            self.put("identities", {"addr": raw(pod)}, id=10 + number, flags=int(layouts.IdentityFlag.POD))
+            self.put(
+                "identities",
+                {"addr": raw(pod)},
+                id=10 + number,
+                flags=int(layouts.IdentityFlag.POD),
+            )
 
     def pod(self, address: str, device: str, *, ingress: int = 0, egress: int = 0) -> None:
-        self.put("endpoints", {"addr": raw(address)}, ifindex=self.netns.ifindex[device], ingress_slot=ingress, egress_slot=egress)
+        self.put(
+            "endpoints",
+            {"addr": raw(address)},
+            ifindex=self.netns.ifindex[device],
+            ingress_slot=ingress,
+            egress_slot=egress,
+        )
 
     def service(
         self,
@@ -254,30 +318,77 @@ class Node:
         affinity: int = 0,
     ) -> None:
         """Frontends (None: every node address); backends (address, port, node or None: here)."""
-        here = [i for i, (_, _, node) in enumerate(backends) if node is None] if local is None else local
+        here = (
+            [i for i, (_, _, node) in enumerate(backends) if node is None]
+            if local is None
+            else local
+        )
         for index, (address, port, node) in enumerate(backends):
-            self.put("backends", {"index": 100 + index}, addr=raw(address), port=port, flags=0 if node else 1, node=node_bytes(node) if node else bytes(16))
+            self.put(
+                "backends",
+                {"index": 100 + index},
+                addr=raw(address),
+                port=port,
+                flags=0 if node else 1,
+                node=node_bytes(node) if node else bytes(16),
+            )
             self.put("slots", {"list": service * 2, "slot": index}, value=100 + index)
             self.put("members", {"list": service * 2, "backend": 100 + index}, value=1)
         for slot, index in enumerate(here):
             self.put("slots", {"list": service * 2 + 1, "slot": slot}, value=100 + index)
             self.put("members", {"list": service * 2 + 1, "backend": 100 + index}, value=1)
         for address, port in frontends:
-            key = {"addr": raw(address) if address else bytes(4 if self.family == 4 else 16), "port": port, "proto": proto}
-            self.put("frontends", key, service=service, cluster_count=len(backends), local_count=len(here), affinity_seconds=affinity, flags=flags)
+            key = {
+                "addr": raw(address) if address else bytes(4 if self.family == 4 else 16),
+                "port": port,
+                "proto": proto,
+            }
+            self.put(
+                "frontends",
+                key,
+                service=service,
+                cluster_count=len(backends),
+                local_count=len(here),
+                affinity_seconds=affinity,
+                flags=flags,
+            )
 
     # -- packets
 
-    def send(self, hook: str, packet: Frame | bytes, device: str, *, ingress: str | None = None, mark: int = 0) -> Result:
+    def send(
+        self, hook: str, packet: Frame, device: str, *, ingress: str | None = None, mark: int = 0
+    ) -> Result:
         """Run the packet through a hook of a device. `ingress`: where the stack got it from."""
+        run = self.run(hook, bytes(packet), device, ingress=ingress, mark=mark)
+        return Result(
+            VERDICTS.get(run.retval, str(run.retval)),
+            read(run.data),
+            run.context,
+            self.flow(packet),
+        )
+
+    def run(
+        self,
+        hook: str,
+        frame: bytes,
+        device: str,
+        *,
+        ingress: str | None = None,
+        mark: int = 0,
+        repeat: int = 1,
+    ) -> syscall.TestRun:
+        """The test run itself."""
         context = bytearray(CONTEXT_SIZE)
         struct.pack_into("=I", context, _MARK, mark)
         struct.pack_into("=I", context, _IFINDEX, self.netns.ifindex[device])
         if ingress:
             struct.pack_into("=I", context, _INGRESS_IFINDEX, self.netns.ifindex[ingress])
-        run = self.netns.run(lambda: syscall.prog_test_run(self._programs[hook], bytes(packet), context=bytes(context)))
-        entry = self.flow(packet) if isinstance(packet, Frame) else None
-        return Result(VERDICTS.get(run.retval, str(run.retval)), read(run.data), run.context, entry)
+        run: syscall.TestRun = self.netns.run(
+            lambda: syscall.prog_test_run(
+                self._programs[hook], frame, context=bytes(context), repeat=repeat
+            )
+        )
+        return run
 
     def from_pod(self, packet: Frame, device: str) -> Result:
         return self.send("from_pod", packet, device)
@@ -295,7 +406,9 @@ class Node:
     def from_tunnel(self, packet: Frame, outer: str) -> Result:
         """Through the tunnel, from the node with that outer address."""
         last = raw(outer)
-        return self.send(f"arrive{self.family}", packet, "vxlan0", mark=int.from_bytes(last[-4:], "big"))
+        return self.send(
+            f"arrive{self.family}", packet, "vxlan0", mark=int.from_bytes(last[-4:], "big")
+        )
 
 
 def node_bytes(address: str) -> bytes:

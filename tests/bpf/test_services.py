@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 from bpf.frames import ACK, FIN, ICMP4, ICMP6, RST, SYN, UDP, Frame, raw, read_network
 from bpf.nodes import Addresses, Node
-
 from bpfdp_agent.layouts import CtFlag, FrontendFlag, SettingsFlag
 
 NODEPORT = 30080
@@ -27,7 +26,9 @@ def test_cluster_ip_with_a_backend_on_this_node(a: Node, cast: Addresses, proto:
 
 
 @pytest.mark.parametrize("proto", [6, 17])
-def test_cluster_ip_with_a_backend_on_another_node(a: Node, b: Node, cast: Addresses, proto: int) -> None:
+def test_cluster_ip_with_a_backend_on_another_node(
+    a: Node, b: Node, cast: Addresses, proto: int
+) -> None:
     a.service([(cast.service, 80)], [(cast.pod_z, 8080, cast.node_b)], proto=proto)
     out = a.from_pod(Frame(cast.pod_x, cast.service, proto), "podx")
     assert (out.verdict, out.action) == ("REDIRECT", "NEIGH")
@@ -80,24 +81,39 @@ def test_backend_outside_the_cluster_goes_through_the_stack(a: Node, cast: Addre
 
 @pytest.mark.parametrize("proto", [6, 17])
 def test_node_port_with_a_backend_on_this_node(a: Node, cast: Addresses, proto: int) -> None:
-    a.service([(None, NODEPORT)], [(cast.pod_x, 8080, None)], proto=proto, flags=FrontendFlag.EXTERNAL)
+    a.service(
+        [(None, NODEPORT)], [(cast.pod_x, 8080, None)], proto=proto, flags=FrontendFlag.EXTERNAL
+    )
     out = a.from_net(Frame(cast.client, cast.node_a, proto, dport=NODEPORT))
     assert (out.verdict, out.action) == ("REDIRECT", "PEER")
     assert (out.frame.src, out.frame.dst, out.frame.dport) == (cast.client, cast.pod_x, 8080)
     back = a.from_pod(out.frame.reply(), "podx")
     assert (back.verdict, back.action) == ("REDIRECT", "NEIGH")
-    assert (back.frame.src, back.frame.sport, back.frame.dst) == (cast.node_a, NODEPORT, cast.client)
+    assert (back.frame.src, back.frame.sport, back.frame.dst) == (
+        cast.node_a,
+        NODEPORT,
+        cast.client,
+    )
     assert back.entry["ifindex"] == a.netns.ifindex["data0"]
     assert back.frame.valid
 
 
 @pytest.mark.parametrize("proto", [6, 17])
 @pytest.mark.parametrize("where", ["node port", "external address"])
-def test_remote_backend_through_the_tunnel_and_back(a: Node, b: Node, cast: Addresses, proto: int, where: str) -> None:
+def test_remote_backend_through_the_tunnel_and_back(
+    a: Node, b: Node, cast: Addresses, proto: int, where: str
+) -> None:
     frontend = (None, NODEPORT) if where == "node port" else (cast.external, 80)
-    a.service([frontend], [(cast.pod_z, 8080, cast.node_b)], proto=proto, flags=FrontendFlag.EXTERNAL)
+    a.service(
+        [frontend], [(cast.pod_z, 8080, cast.node_b)], proto=proto, flags=FrontendFlag.EXTERNAL
+    )
     b.service([frontend], [(cast.pod_z, 8080, None)], proto=proto, flags=FrontendFlag.EXTERNAL)
-    first = Frame(cast.client, cast.node_a if where == "node port" else cast.external, proto, dport=frontend[1])
+    first = Frame(
+        cast.client,
+        cast.node_a if where == "node port" else cast.external,
+        proto,
+        dport=frontend[1],
+    )
 
     out = a.from_net(first)
     assert (out.verdict, out.action) == ("REDIRECT", "TUNNEL")
@@ -112,7 +128,11 @@ def test_remote_backend_through_the_tunnel_and_back(a: Node, b: Node, cast: Addr
     assert reply.entry["nexthop"][-4:] == raw(cast.node_a)[-4:]
     home = a.from_tunnel(reply.frame, cast.node_b)
     assert (home.verdict, home.action) == ("REDIRECT", "NEIGH")
-    assert (home.frame.src, home.frame.sport, home.frame.dst) == (first.dst, first.dport, cast.client)
+    assert (home.frame.src, home.frame.sport, home.frame.dst) == (
+        first.dst,
+        first.dport,
+        cast.client,
+    )
     assert home.frame.valid
     second = a.from_net(first.but(flags=ACK))
     assert b.from_tunnel(second.frame, cast.node_a).frame.dst == cast.pod_z
@@ -167,7 +187,9 @@ def test_the_tunnel_is_believed_only_from_nodes(b: Node, cast: Addresses) -> Non
 
 
 def test_pod_to_its_own_nodes_node_port(a: Node, cast: Addresses) -> None:
-    a.service([(None, NODEPORT)], [(cast.pod_z, 8080, cast.node_b)], flags=FrontendFlag.EXTERNAL_LOCAL)
+    a.service(
+        [(None, NODEPORT)], [(cast.pod_z, 8080, cast.node_b)], flags=FrontendFlag.EXTERNAL_LOCAL
+    )
     out = a.from_pod(Frame(cast.pod_x, cast.node_a, dport=NODEPORT), "podx")
     assert (out.verdict, out.frame.dst) == ("REDIRECT", cast.pod_z)
     other = a.from_pod(Frame(cast.pod_x, cast.node_b, dport=NODEPORT), "podx")
@@ -186,25 +208,45 @@ def test_no_endpoint_is_refused(a: Node, cast: Addresses, proto: int, hook: str)
     assert answer.frame.macs == packet.macs[::-1]
     assert answer.frame.valid
     if proto == 6:
-        assert (answer.frame.flags, answer.frame.sport, answer.frame.dport) == (RST | ACK, 80, 40000)
+        assert (answer.frame.flags, answer.frame.sport, answer.frame.dport) == (
+            RST | ACK,
+            80,
+            40000,
+        )
     else:
         kind = (ICMP4, (3, 3, 0)) if cast.family == 4 else (ICMP6, (1, 4, 0))
         assert (answer.frame.proto, answer.frame.icmp) == kind
         quoted = read_network(answer.frame.payload)
-        assert (quoted.src, quoted.dst, quoted.sport, quoted.dport) == (client, cast.external, 40000, 80)
+        assert (quoted.src, quoted.dst, quoted.sport, quoted.dport) == (
+            client,
+            cast.external,
+            40000,
+            80,
+        )
 
 
 def test_no_local_endpoint_is_silent(a: Node, cast: Addresses) -> None:
-    flags = FrontendFlag.EXTERNAL_LOCAL | FrontendFlag.EXTERNAL_DROP | FrontendFlag.INTERNAL_LOCAL | FrontendFlag.INTERNAL_DROP
+    flags = (
+        FrontendFlag.EXTERNAL_LOCAL
+        | FrontendFlag.EXTERNAL_DROP
+        | FrontendFlag.INTERNAL_LOCAL
+        | FrontendFlag.INTERNAL_DROP
+    )
     a.service([(cast.external, 80)], [(cast.pod_z, 8080, cast.node_b)], flags=flags)
     assert a.from_net(Frame(cast.client, cast.external)).verdict == "DROP"
     assert a.from_pod(Frame(cast.pod_x, cast.external), "podx").verdict == "DROP"
     assert a.counters() == {"DROP_NO_BACKEND": 2}
 
 
-def test_undefined_port_of_a_cluster_ip_is_refused_and_of_others_untouched(a: Node, cast: Addresses) -> None:
+def test_undefined_port_of_a_cluster_ip_is_refused_and_of_others_untouched(
+    a: Node, cast: Addresses
+) -> None:
     a.service([(cast.service, 80), (cast.external, 80)], [(cast.pod_y, 8080, None)])
-    a.put("frontends", {"addr": raw(cast.service), "port": 0, "proto": 0}, flags=FrontendFlag.CLUSTER_IP)
+    a.put(
+        "frontends",
+        {"addr": raw(cast.service), "port": 0, "proto": 0},
+        flags=FrontendFlag.CLUSTER_IP,
+    )
     refused = a.from_pod(Frame(cast.pod_x, cast.service, dport=81), "podx")
     assert (refused.verdict, refused.frame.flags) == ("REDIRECT", RST | ACK)
     assert a.from_net(Frame(cast.client, cast.external, dport=81)).verdict == "STACK"
@@ -223,17 +265,27 @@ def test_source_ranges(a: Node, cast: Addresses) -> None:
 def test_affinity_holds_while_the_backend_is_a_member(a: Node, cast: Addresses) -> None:
     backends = [(cast.pod_x, 8000 + i, None) for i in range(32)]
     a.service([(cast.external, 80), (None, NODEPORT)], backends, affinity=100)
-    chosen = {a.from_net(Frame(cast.client, cast.external, sport=1000 + i)).frame.dport for i in range(20)}
-    chosen |= {a.from_net(Frame(cast.client, cast.node_a, sport=1000 + i, dport=NODEPORT)).frame.dport for i in range(20)}
+    chosen = {
+        a.from_net(Frame(cast.client, cast.external, sport=1000 + i)).frame.dport for i in range(20)
+    }
+    chosen |= {
+        a.from_net(Frame(cast.client, cast.node_a, sport=1000 + i, dport=NODEPORT)).frame.dport
+        for i in range(20)
+    }
     assert len(chosen) == 1
     a.delete("members", list=14, backend=100 + chosen.pop() - 8000)
-    again = {a.from_net(Frame(cast.client, cast.external, sport=2000 + i)).frame.dport for i in range(20)}
+    again = {
+        a.from_net(Frame(cast.client, cast.external, sport=2000 + i)).frame.dport for i in range(20)
+    }
     assert len(again) == 1
 
 
 def test_without_affinity_all_backends_are_used(a: Node, cast: Addresses) -> None:
     a.service([(cast.external, 80)], [(cast.pod_x, 8000 + i, None) for i in range(4)])
-    chosen = {a.from_net(Frame(cast.client, cast.external, sport=1000 + i)).frame.dport for i in range(100)}
+    chosen = {
+        a.from_net(Frame(cast.client, cast.external, sport=1000 + i)).frame.dport
+        for i in range(100)
+    }
     assert chosen == {8000, 8001, 8002, 8003}
 
 
