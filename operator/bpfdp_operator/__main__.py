@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -52,6 +52,8 @@ async def serve() -> None:
     await kopf.operator(
         clusterwide=True,
         standalone=True,
+        # kopf would make one from the user's name; the image's user has none.
+        identity=cast("Any", os.environ.get("POD_NAME", "bpfdp-operator")),
         liveness_endpoint=HEALTH,
         memo=handlers.Memo(Reconciler(deployment())),
     )
