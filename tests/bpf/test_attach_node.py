@@ -222,14 +222,14 @@ def test_flows_age_as_pairs_and_are_purged_by_backend():
     table = create_map(layout, 4, max_entries=1024)
 
     def flow(proto, port, seen, answered, backend_id=0):
-        there = CT_KEY.pack(4, src=client, dst=backend, sport=port, dport=53, proto=proto)
-        back = CT_KEY.pack(4, src=backend, dst=client, sport=53, dport=port, proto=proto)
-        table.write(
-            {
-                there: CT.pack(4, last_seen=seen * second, backend=backend_id),
-                back: CT.pack(4, last_seen=answered * second),
-            }
+        ways = (
+            ({"src": client, "dst": backend, "sport": port, "dport": 53}, seen, backend_id),
+            ({"src": backend, "dst": client, "sport": 53, "dport": port}, answered, 0),
         )
+        for key, last, chosen in ways:
+            same = {f"new_{name}": value for name, value in key.items()}
+            value = CT.pack(4, last_seen=last * second, backend=chosen, **same)
+            table.write({CT_KEY.pack(4, proto=proto, **key): value})
 
     flow(conntrack.UDP, 1, seen=0, answered=0)
     flow(conntrack.UDP, 2, seen=0, answered=950)  # the other direction is alive

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.dataplane.links import (
     RTMGRP_IPV4_IFADDR,
     RTMGRP_IPV6_IFADDR,
@@ -26,8 +28,11 @@ from bpfdp_agent.dataplane.links import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
 
+log = logging.getLogger(__name__)
+
 DATA_PATTERN = "^(en|eth|wl|bond|ib).*"
 """Devices that lead to other nodes and clients, where the CR does not say otherwise."""
+RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 60.0
 
@@ -87,7 +92,12 @@ class NodeWatcher:
         groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
         async with Monitor(groups, changed):
             while True:
-                current = await self.read()
+                try:
+                    current = await self.read()
+                except DeviceFailed as error:
+                    log.warning("%s: trying again", error)
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
                 if current != last:
                     last = current
                     yield current

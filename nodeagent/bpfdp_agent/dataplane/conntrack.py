@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bpfdp_agent.bpf import syscall
-from bpfdp_agent.layouts import CT, CT_KEY, CtFlag, Struct, TcpFlag
+from bpfdp_agent.layouts import CT, CT_KEY, Struct, TcpFlag
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,16 +53,14 @@ class Collected:
     other: int = 0
 
 
-def partner_key(family: int, key: dict[str, Any], value: dict[str, Any]) -> bytes:
-    """Key of the entry of the other direction."""
-    seen = value if value["flags"] & CtFlag.NAT else None
-    src = seen["new_src"] if seen else key["src"]
-    dst = seen["new_dst"] if seen else key["dst"]
-    sport = seen["new_sport"] if seen else key["sport"]
-    dport = seen["new_dport"] if seen else key["dport"]
-    if key["proto"] not in ICMP:
-        sport, dport = dport, sport
-    return CT_KEY.pack(family, src=dst, dst=src, sport=sport, dport=dport, proto=key["proto"])
+def partner_key(family: int, proto: int, value: dict[str, Any]) -> bytes:
+    """Key of the entry of the other direction (`reply_key` in include/conntrack.h)."""
+    sport, dport = value["new_dport"], value["new_sport"]
+    if proto in ICMP:
+        sport, dport = value["new_sport"], 0
+    return CT_KEY.pack(
+        family, src=value["new_dst"], dst=value["new_src"], sport=sport, dport=dport, proto=proto
+    )
 
 
 def timeout(proto: int, mine: int, partners: int, timeouts: Timeouts) -> float:
@@ -139,7 +137,7 @@ async def purge_udp(table: OpenMap, backends: Collection[int]) -> int:
                 continue
             value = CT.unpack(family, raw_value)
             if value["backend"] in dead:
-                doomed |= {raw_key, partner_key(family, key, value)}
+                doomed |= {raw_key, partner_key(family, key["proto"], value)}
         syscall.map_delete_all(table.descriptor, doomed)
         removed += len(doomed)
         await asyncio.sleep(0)
@@ -153,7 +151,7 @@ def _expired(
     family = table.family
     key, value = CT_KEY.unpack(family, raw_key), CT.unpack(family, raw_value)
     silent = now - value["last_seen"]
-    partner = partner_key(family, key, value)
+    partner = partner_key(family, key["proto"], value)
     raw_partner = table.lookup(partner)
     flags = 0
     if raw_partner is not None:

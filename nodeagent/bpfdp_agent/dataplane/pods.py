@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pyroute2
 
+from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.bpf.netns import in_netns
 from bpfdp_agent.dataplane.inotify import DirectoryWatch
 from bpfdp_agent.dataplane.links import (
@@ -48,6 +49,7 @@ YOUNG_SECONDS = 0.1
 veth gets an address, or the second one (listening inside would keep the namespace alive)."""
 YOUNG_LIMIT = 15.0
 """Until this age a namespace counts as new."""
+RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 0.02
 """A CNI makes several changes in a row: they are read once."""
 
@@ -155,7 +157,12 @@ class PodWatcher:
                 full = now - self._last_full >= FULL_READ_SECONDS
                 if full:
                     self._last_full = now
-                pods = await self.read(full=full)
+                try:
+                    pods = await self.read(full=full)
+                except DeviceFailed as error:
+                    log.warning("%s: trying again", error)
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
                 if pods != last:
                     last = pods
                     yield pods
