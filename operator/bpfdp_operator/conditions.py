@@ -24,7 +24,7 @@ from bpfdp_operator.world import KubeProxyState
 
 if TYPE_CHECKING:
     from bpfdp_operator.plan import Plan
-    from bpfdp_operator.survey import NodeView
+    from bpfdp_operator.survey import NodeView, Survey
     from bpfdp_operator.world import Condition, Config, ConfigStatus, World
 
 MESSAGE_LENGTH = 1024
@@ -97,7 +97,7 @@ def problems_of(world: World, config: Config, plan: Plan) -> list[Problem]:
         found.append(Problem(Reason.KERNEL_UNSUPPORTED, unsupported_text(unsupported)))
     found += _node_errors(nodes)
     if config.wanted:
-        found += _nodes_down(nodes, world.deployment.namespace)
+        found += _nodes_down(plan.survey, world.deployment.namespace)
     return found + list(plan.problems)
 
 
@@ -123,19 +123,20 @@ def _node_errors(nodes: tuple[NodeView, ...]) -> list[Problem]:
     return found
 
 
-def _nodes_down(nodes: tuple[NodeView, ...], namespace: str) -> list[Problem]:
+def _nodes_down(seen: Survey, namespace: str) -> list[Problem]:
     """Nodes that are not Ready, and agents that are not, each named once."""
     found = []
-    dark = [n for n in nodes if not n.node_ready]
+    dark = [n for n in seen.nodes if not n.node_ready]
     if dark:
         text = f"{count_nodes(len(dark))} not Ready: {name_list(n.name for n in dark)}."
         found.append(Problem(Reason.NODE_NOT_READY, text))
-    # An unsupported node's agent has nothing to be ready for; one that has just started may wait.
+    # An unsupported node's agent has nothing to be ready for. One that starts, for the first time
+    # or in a rollout, is given a while.
     down = [
         n
-        for n in nodes
-        if n.node_ready and not n.agent_ready and n.supported is not False
-        if n.attached or not n.starting
+        for n in seen.served
+        if n.node_ready and not n.agent_ready
+        if (n.attached and seen.placed) or not n.starting
     ]
     if down:
         going_on = "; forwarding goes on" if all(n.attached for n in down) else ""

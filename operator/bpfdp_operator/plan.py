@@ -241,7 +241,7 @@ def _unsettled_step(unsettled: list[NodeView], total: int) -> Step:
     done = total - len(unsettled)
     names = name_list(n.name for n in unsettled)
     text = f"{done} of {total} nodes programmed; waiting for {names}."
-    alive = any(n.agent_ready and n.node_ready for n in unsettled)
+    alive = any((n.agent_ready or n.starting) and n.node_ready for n in unsettled)
     return Step(alive, Reason.ROLLING_OUT if alive else Reason.AGENT_NOT_READY, text)
 
 

@@ -77,6 +77,9 @@ def survey(world: World) -> Survey:
     starting = {p.spec.node_name for p in world.agent_pods if _starting(p, world.now)}
     members = pods | {name for name in reports if name in nodes and in_rollout(world, nodes[name])}
     generation = world.config.metadata.generation if world.config else 0
+    placed = _placed(world, len(pods))
+    if not placed:
+        starting |= members - pods
     views = tuple(
         _view(
             nodes.get(name),
@@ -88,13 +91,17 @@ def survey(world: World) -> Survey:
         )
         for name in sorted(members)
     )
+    updated = world.agent.status.updated_number_scheduled if world.agent else 0
+    return Survey(views, placed, updated)
+
+
+def _placed(world: World, pods: int) -> bool:
+    """Whether the DaemonSet's present template is on every node that it belongs on."""
     agent = world.agent
-    placed = agent is not None and agent.observed
-    if agent is not None:
-        desired = agent.status.desired_number_scheduled
-        rolled = agent.status.updated_number_scheduled >= desired
-        placed = placed and rolled and desired > 0 and len(pods) >= desired
-    return Survey(views, placed, agent.status.updated_number_scheduled if agent else 0)
+    if agent is None or not agent.observed:
+        return False
+    desired = agent.status.desired_number_scheduled
+    return 0 < desired <= min(pods, agent.status.updated_number_scheduled)
 
 
 def in_rollout(world: World, node: Node) -> bool:

@@ -283,10 +283,13 @@ def kube_proxy(
 
 
 def pod(each: FakeNode, component: str, ready: bool) -> w.Pod:
+    readiness = msgspec.structs.replace(
+        condition("Ready", ready), last_transition_time="2026-01-01T00:00:00Z"
+    )
     return w.Pod(
         metadata=w.Metadata(name=f"{component}-{each.name}"),
         spec=w.PodSpec(node_name=each.name),
-        status=w.PodStatus(phase="Running", conditions=(condition("Ready", ready),)),
+        status=w.PodStatus(phase="Running", conditions=(readiness,)),
     )
 
 

@@ -116,6 +116,19 @@ def test_an_agent_that_starts_is_no_problem_yet() -> None:
         assert survey(later).nodes[0].starting is starting
 
 
+def test_an_agent_being_replaced_is_no_problem_and_one_that_fell_is() -> None:
+    fake = cluster()
+    fake.settle()
+    fake.node("node-1").agent_pod = False
+    fake.operator_pass()
+    assert fake.status("Degraded") == "False"
+    assert fake.status("Progressing") == "True"
+    fake.daemonset_controller()
+    fake.node("node-1").agent_alive = False
+    fake.operator_pass()
+    assert fake.reason("Degraded") == "AgentNotReady"
+
+
 def test_names_are_cut_at_three() -> None:
     assert name_list(["b", "a"]) == "a, b"
     assert name_list("edcba") == "a, b, c and 2 more"
