@@ -16,6 +16,8 @@ from bpfdp_agent.dataplane.attach import Attacher, Hook, interface_name
 from bpfdp_agent.layouts import FAMILIES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bpfdp_agent.config import Config
     from bpfdp_agent.dataplane.attach import Attachment
     from bpfdp_agent.reconcile.kernel import Kernel
@@ -46,19 +48,21 @@ def attach_kind(wanted: str, features: frozenset[str]) -> Literal["TCX", "TC"]:
 class HookSync:
     """Attaches and reports, once it may. `complete` is set from the first complete round on."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - its sources
         self,
         around: Surroundings,
         kernel: Kernel,
         programs: ProgramSync,
         node: NodeSync,
         pods: PodSync,
+        attached: Callable[[], None],
     ) -> None:
         self._around = around
         self._pins = kernel.pins
         self._programs = programs
         self._node = node
         self._pods = pods
+        self._attached = attached
         self._config: Config | None = None
         self.may_attach = False
         self.complete = False
@@ -142,6 +146,7 @@ class HookSync:
             status.condition("Attached", False, "AgentNotReady", failed[0])
         else:
             self.complete = True
+            self._attached()
             status.condition(
                 "Attached", True, "Attached", "Programs are attached to every interface and cgroup."
             )

@@ -69,7 +69,9 @@ class Session:
         self._programs = ProgramSync(around, self._kernel, self._settled)
         self._policies = PolicySync(around, self._kernel, self._policies_changed)
         self._pods = PodSync(around, maps, self._policies, self._pods_changed)
-        self._hooks = HookSync(around, self._kernel, self._programs, self._node, self._pods)
+        self._hooks = HookSync(
+            around, self._kernel, self._programs, self._node, self._pods, self._tell_readiness
+        )
         self._kube_proxy = KubeProxySync(around)
 
     async def start(self) -> None:
@@ -151,13 +153,18 @@ class Session:
         self._settled()
 
     def _settled(self) -> None:
-        """A concern did its part: hooks may be due, and the agent may be ready."""
-        parts = (self._services.complete, self._node.complete, self._pods.complete)
-        if all(parts) and self._programs.usable:
+        """A concern did its part: hooks may be due."""
+        if not self._unsynced() and self._programs.usable:
             self._hooks.may_attach = True
             self._loops["hooks"].wake()
-        missing = [n for n, p in zip(("services", "node", "pods"), parts, strict=True) if not p]
-        if missing:
+        self._tell_readiness()
+
+    def _unsynced(self) -> list[str]:
+        parts = {"services": self._services, "node": self._node, "pods": self._pods}
+        return [name for name, part in parts.items() if not part.complete]
+
+    def _tell_readiness(self) -> None:
+        if missing := self._unsynced():
             self._health.not_ready = f"not synced yet: {', '.join(missing)}"
         elif not self._hooks.complete:
             self._health.not_ready = "programs are not attached yet"
