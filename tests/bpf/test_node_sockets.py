@@ -7,21 +7,17 @@ to that cgroup only.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import multiprocessing
 import os
 import socket
-import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from bpf.frames import raw
+from bpf.node_process import be_the_node, connect_error, tcp_exchange, udp_exchange
 from bpf.nodes import MAP_SIZE, compile_template, node_bytes
 from bpfdp_agent import catalog, layouts
 from bpfdp_agent.bpf import syscall
@@ -30,87 +26,9 @@ from bpfdp_agent.bpf.syscall import AttachType, ProgramType
 from bpfdp_agent.dataplane.maps import OpenMap, create_map
 from bpfdp_agent.dataplane.programs import load
 
-SO_NETNS_COOKIE = 71
 SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
 NODE = {4: "10.0.0.1", 6: "fd00::1"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
-
-
-def be_the_node(cgroup: str) -> int:
-    """Runs in the process: enter the cgroup and a new namespace; the namespace's cookie."""
-    (Path(cgroup) / "cgroup.procs").write_text(str(os.getpid()))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.unshare(0x40000000) == 0
-    for command in (
-        "link set lo up",
-        "addr add 10.0.0.1/32 dev lo",
-        "-6 addr add fd00::1/128 dev lo nodad",
-    ):
-        subprocess.run(["ip", *command.split()], check=True)
-    with socket.socket() as any_socket:
-        cookie = any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
-    return int(struct.unpack("=Q", cookie)[0])
-
-
-def kind_of(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def tcp_exchange(
-    address: str, port: int, listen: tuple[str, int], inet6: bool = False
-) -> tuple[Any, bytes]:
-    """Connect to an address while `listen` answers: (peer's name as shown, answer)."""
-    family = socket.AF_INET6 if inet6 else kind_of(address)
-    with socket.socket(kind_of(listen[0])) as server, socket.socket(family) as client:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(listen)
-        server.listen()
-        client.settimeout(2)
-        client.connect((address, port))
-        with server.accept()[0] as accepted:
-            accepted.sendall(b"hello")
-        return client.getpeername()[:2], client.recv(5)
-
-
-def connect_error(kind: int, address: str, port: int) -> str:
-    with socket.socket(kind_of(address), kind) as client:
-        client.settimeout(2)
-        try:
-            client.connect((address, port))
-        except OSError as error:
-            return errno.errorcode.get(error.errno or 0, str(error))
-    return ""
-
-
-def udp_exchange(
-    address: str, port: int, listen: list[tuple[str, int]], rounds: int = 1, connected: bool = False
-) -> list[tuple[Any, bytes]]:
-    """Ask `address` by UDP: (sender's name as shown, answer), each answer naming its server."""
-    servers = [socket.socket(kind_of(name[0]), socket.SOCK_DGRAM) for name in listen]
-    answers = []
-    with socket.socket(kind_of(address), socket.SOCK_DGRAM) as client:
-        client.settimeout(2)
-        for server, name in zip(servers, listen, strict=True):
-            server.bind(name)
-            server.setblocking(False)
-        if connected:
-            client.connect((address, port))
-        for _ in range(rounds):
-            if connected:
-                client.send(b"?")
-            else:
-                client.sendto(b"?", (address, port))
-            for server, name in zip(servers, listen, strict=True):
-                try:
-                    _, sender = server.recvfrom(10)
-                except BlockingIOError:
-                    continue
-                server.sendto(str(name[1]).encode(), sender)
-            answer, seen = client.recvfrom(10)
-            answers.append((seen[:2], answer))
-    for server in servers:
-        server.close()
-    return answers
 
 
 @dataclass
