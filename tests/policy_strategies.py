@@ -91,10 +91,18 @@ def policy_ports(draw: st.DrawFn) -> NetworkPolicyPort:
     return NetworkPolicyPort(protocol=protocol, port=port, end_port=end)
 
 
-peer_lists = st.lists(peers, max_size=3).map(tuple)
-port_lists = st.lists(policy_ports(), max_size=3).map(tuple)
-ingress_rules = st.builds(NetworkPolicyIngressRule, from_=peer_lists, ports=port_lists)
-egress_rules = st.builds(NetworkPolicyEgressRule, to=peer_lists, ports=port_lists)
+def _rules(least: int) -> tuple[st.SearchStrategy, st.SearchStrategy]:
+    """Ingress and egress rules with at least so many peers and ports (none mean: all)."""
+    peer_lists = st.lists(peers, min_size=least, max_size=3).map(tuple)
+    port_lists = st.lists(policy_ports(), min_size=least, max_size=3).map(tuple)
+    return (
+        st.builds(NetworkPolicyIngressRule, from_=peer_lists, ports=port_lists),
+        st.builds(NetworkPolicyEgressRule, to=peer_lists, ports=port_lists),
+    )
+
+
+ingress_rules, egress_rules = _rules(0)
+narrow_ingress_rules, narrow_egress_rules = _rules(1)
 
 
 @st.composite
@@ -115,6 +123,17 @@ def policy_sets(draw: st.DrawFn) -> list[NetworkPolicy]:
     return found
 
 
+@st.composite
+def narrow_policies(draw: st.DrawFn) -> list[NetworkPolicy]:
+    """Isolate every pod of namespace "one" both ways, with rules that allow some things only."""
+    spec = NetworkPolicySpec(
+        policy_types=("Ingress", "Egress"),
+        ingress=draw(st.lists(narrow_ingress_rules, min_size=2, max_size=4).map(tuple)),
+        egress=draw(st.lists(narrow_egress_rules, min_size=2, max_size=4).map(tuple)),
+    )
+    return [NetworkPolicy(metadata=ObjectMeta(name="narrow", namespace="one"), spec=spec)]
+
+
 pod_ports = st.dictionaries(
     st.tuples(st.sampled_from(PORT_NAMES), st.sampled_from(list(NUMBERS))),
     st.sampled_from(PORTS),
@@ -133,15 +152,19 @@ class World:
 
 
 @st.composite
-def worlds(draw: st.DrawFn, family: int | None = None) -> World:
+def worlds(draw: st.DrawFn, family: int | None = None, *, narrow: bool = False) -> World:
+    """`narrow`: the first pod is isolated both ways, by rules that allow some things only."""
     family = family or draw(st.sampled_from([4, 6]))
     addresses = draw(st.permutations(ADDRESSES[family]))[:4]
+    namespaces = [draw(st.sampled_from(NAMESPACES)) for _ in addresses]
+    if narrow:
+        namespaces[0] = "one"
     pods = tuple(
-        RefPod(draw(st.sampled_from(NAMESPACES)), draw(labels), address, draw(pod_ports))
-        for address in addresses
+        RefPod(namespace, draw(labels), address, draw(pod_ports))
+        for namespace, address in zip(namespaces, addresses, strict=True)
     )
-    namespaces = {name: draw(labels) for name in NAMESPACES}
-    return World(family, namespaces, pods, draw(policy_sets()))
+    labels_of = {name: draw(labels) for name in NAMESPACES}
+    return World(family, labels_of, pods, draw(narrow_policies() if narrow else policy_sets()))
 
 
 def connections(world: World, pod: RefPod, direction: str) -> list[Connection]:

@@ -303,7 +303,9 @@ async def test_the_largest_programs_load(bench):
 )
 @given(st.data())
 def test_compiled_programs_agree_with_the_reference(bench, data):
-    asyncio.run(compare(bench, data.draw(worlds(family=4)), data.draw(worlds(family=6))))
+    asyncio.run(
+        compare(bench, data.draw(worlds(4, narrow=True)), data.draw(worlds(6, narrow=True)))
+    )
 
 
 async def compare(bench: Bench, *two: World) -> None:

@@ -88,9 +88,15 @@ def check(world: World) -> None:
                 assert verdict == wanted, (pod, direction, connection)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(worlds())
 def test_programs_agree_with_the_reference(world):
+    check(world)
+
+
+@settings(max_examples=100, deadline=None)
+@given(worlds(narrow=True))
+def test_programs_of_narrow_rules_agree_with_the_reference(world):
     check(world)
 
 
