@@ -8,6 +8,7 @@ import ipaddress
 import logging
 from typing import TYPE_CHECKING
 
+from bpfdp_agent.bpf import syscall
 from bpfdp_agent.bpf.errors import BpfError
 from bpfdp_agent.dataplane import conntrack, sockets
 from bpfdp_agent.layouts import BACKEND, FAMILIES, INDEX
@@ -54,7 +55,8 @@ class Connections:
             usage[table.name] = (left, table.info.max_entries)
             for name in USAGE_MAPS:
                 each = self._maps[name, family]
-                usage[each.name] = (len(each.read()), each.info.max_entries)
+                count = syscall.map_count(each.descriptor, each.info)
+                usage[each.name] = (count, each.info.max_entries)
         for name, (used, room) in usage.items():
             self._around.metrics.map_entries.labels(name).set(used)
             self._around.metrics.map_max_entries.labels(name).set(room)

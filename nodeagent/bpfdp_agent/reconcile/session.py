@@ -160,8 +160,12 @@ class Session:
         self._tell_readiness()
 
     def _unsynced(self) -> list[str]:
-        parts = {"services": self._services, "node": self._node, "pods": self._pods}
-        return [name for name, part in parts.items() if not part.complete]
+        complete = {
+            "services": self._services.complete,
+            "node": self._node.complete,
+            "pods": self._pods.complete,
+        }
+        return [name for name, done in complete.items() if not done]
 
     def _tell_readiness(self) -> None:
         if missing := self._unsynced():
