@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import kopf
@@ -56,8 +58,16 @@ async def stop(memo: Memo, **_: Any) -> None:
 
 @kopf.on.login()
 def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-    """Use the pod's service account, or the kubeconfig outside of a cluster."""
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    """Use the pod's service account, or the kubeconfig outside of a cluster.
+
+    kopf would ask the cluster's DNS for the API server: an operator on the host network has none.
+    """
+    inside = kopf.login_with_service_account(**kwargs)
+    if inside is None:
+        return kopf.login_with_kubeconfig(**kwargs)
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    authority = f"[{host}]" if ":" in host else host
+    return dataclasses.replace(inside, server=f"https://{authority}:{port}")
 
 
 @kopf.on.probe(id="reconcileAgeSeconds")
