@@ -155,13 +155,18 @@ class Node:
     """One node's maps and tc programs in one family."""
 
     def __init__(
-        self, family: int, netns: Netns, functions: dict[str, Function], arrive: dict[str, Function]
+        self,
+        family: int,
+        netns: Netns,
+        functions: dict[str, Function],
+        arrive: dict[str, Function],
+        size: int = MAP_SIZE,
     ) -> None:
         self.family = family
         self.netns = netns
         self.cast = CAST[family]
         self.maps: dict[str, OpenMap] = {
-            each.name: create_map(each, family, max_entries=min(each.max_entries, MAP_SIZE))
+            each.name: create_map(each, family, max_entries=min(each.max_entries, size))
             for each in layouts.MAPS
         }
         self._descriptors = {name: each.descriptor for name, each in self.maps.items()}
@@ -212,6 +217,10 @@ class Node:
                 continue
             for key in each.read():
                 syscall.map_delete(each.descriptor, key)
+
+    def forget_flows(self) -> None:
+        table = self.maps["ct"].descriptor
+        syscall.map_delete_all(table, list(self.maps["ct"].read()))
 
     def put(self, name: str, key: dict[str, Any], **value: Any) -> None:
         layout = self.maps[name].layout

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# Benchmarks. Every published number comes from one of these; results go to build/results/.
+.PHONY: bench-packet
+
+bench-packet: venv kbuild ## what a packet costs by PROG_TEST_RUN, over a bare LRU lookup and counter (root)
+	$(PY) tests/bench/packet.py
