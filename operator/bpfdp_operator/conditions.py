@@ -132,12 +132,7 @@ def _nodes_down(seen: Survey, namespace: str) -> list[Problem]:
         found.append(Problem(Reason.NODE_NOT_READY, text))
     # An unsupported node's agent has nothing to be ready for. One that starts, for the first time
     # or in a rollout, is given a while.
-    down = [
-        n
-        for n in seen.served
-        if n.node_ready and not n.agent_ready
-        if (n.attached and seen.placed) or not n.starting
-    ]
+    down = [n for n in seen.served if n.node_ready and not n.agent_ready if not n.starting]
     if down:
         going_on = "; forwarding goes on" if all(n.attached for n in down) else ""
         text = (

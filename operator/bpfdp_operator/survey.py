@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STARTING_SECONDS = 60.0
 """An agent on a node not yet served may take this long to become Ready."""
+REPLACING_SECONDS = 10.0
+"""One that a rollout replaces, or that restarts, finds its programs in place."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,9 +38,15 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     detached: bool = False
     synced: bool = False
     cleared: bool = False
-    starting: bool = False
+    down_seconds: float = 0.0
     error_reason: Reason | None = None
     error_message: str = ""
+
+    @property
+    def starting(self) -> bool:
+        """Whether the agent is not Ready, and for so short a while that nobody need look."""
+        patience = REPLACING_SECONDS if self.attached else STARTING_SECONDS
+        return not self.agent_ready and self.down_seconds < patience
 
     @property
     def serving(self) -> bool:
@@ -74,19 +83,19 @@ def survey(world: World) -> Survey:
     reports = {b.metadata.name: b for b in world.bpf_nodes}
     pods = {p.spec.node_name for p in world.agent_pods if p.spec.node_name}
     ready = {p.spec.node_name for p in world.agent_pods if p.ready}
-    starting = {p.spec.node_name for p in world.agent_pods if _starting(p, world.now)}
+    down_for = {p.spec.node_name: _down_seconds(p, world.now) for p in world.agent_pods}
     members = pods | {name for name in reports if name in nodes and in_rollout(world, nodes[name])}
     generation = world.config.metadata.generation if world.config else 0
     placed = _placed(world, len(pods))
     if not placed:
-        starting |= members - pods
+        down_for |= dict.fromkeys(members - pods, 0.0)
     views = tuple(
         _view(
             nodes.get(name),
             reports.get(name),
             name=name,
             agent_ready=name in ready,
-            starting=name in starting,
+            down_seconds=down_for.get(name, math.inf),
             generation=generation,
         )
         for name in sorted(members)
@@ -110,13 +119,12 @@ def in_rollout(world: World, node: Node) -> bool:
     return all(node.metadata.labels.get(key) == value for key, value in selector.items())
 
 
-def _starting(pod: Pod, now: float) -> bool:
-    """Whether a pod became not Ready so short a while ago that nobody need look."""
+def _down_seconds(pod: Pod, now: float) -> float:
+    """How long the pod has not been Ready; 0 for one that the kubelet has not reported on."""
     readiness = condition_of(pod.status.conditions, "Ready")
     if readiness is None or readiness.last_transition_time is None:
-        return pod.metadata.deletion_timestamp is None
-    since = datetime.fromisoformat(readiness.last_transition_time).timestamp()
-    return now - since < STARTING_SECONDS
+        return 0.0
+    return now - datetime.fromisoformat(readiness.last_transition_time).timestamp()
 
 
 def _view(
@@ -125,13 +133,13 @@ def _view(
     *,
     name: str,
     agent_ready: bool,
-    starting: bool,
+    down_seconds: float,
     generation: int,
 ) -> NodeView:
     node_ready = node is None or node.ready
     if report is None:
         return NodeView(
-            name=name, node_ready=node_ready, agent_ready=agent_ready, starting=starting
+            name=name, node_ready=node_ready, agent_ready=agent_ready, down_seconds=down_seconds
         )
     status = report.status
     conditions = status.conditions
@@ -152,7 +160,7 @@ def _view(
         and attached.reason == Reason.DETACHED,
         synced=is_true(conditions, "ServicesSynced") and is_true(conditions, "PoliciesSynced"),
         cleared=is_true(conditions, "KubeProxyRulesCleared"),
-        starting=starting,
+        down_seconds=down_seconds,
         error_reason=error[0] if error else None,
         error_message=error[1] if error else "",
     )

@@ -116,6 +116,17 @@ def test_an_agent_that_starts_is_no_problem_yet() -> None:
         assert survey(later).nodes[0].starting is starting
 
 
+def test_one_whose_pod_is_gone_for_good_is_down() -> None:
+    fake = cluster()
+    fake.settle()
+    world = msgspec.structs.replace(fake.world(), agent_pods=fake.world().agent_pods[1:])
+    assert fake.agent is not None
+    status = msgspec.structs.replace(fake.agent.status, desired_number_scheduled=2)
+    agent = msgspec.structs.replace(fake.agent, status=status)
+    assert not survey(msgspec.structs.replace(world, agent=agent)).nodes[0].starting
+    assert survey(world).nodes[0].starting, "the DaemonSet is about to replace it"
+
+
 def test_an_agent_being_replaced_is_no_problem_and_one_that_fell_is() -> None:
     fake = cluster()
     fake.settle()
