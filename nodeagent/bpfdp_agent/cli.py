@@ -50,7 +50,7 @@ def show(output: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     width = None if sys.stdout.isatty() else 200
-    Console(width=width).print(table)
+    Console(width=width, markup=False, highlight=False).print(table)
 
 
 @main.command()

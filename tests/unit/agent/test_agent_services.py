@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The services concern against maps in memory: gating, operation counts, failures, health ports."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from bpfdp_agent.bpf.errors import MapFull
+from bpfdp_agent.layouts import FRONTEND, FRONTEND_KEY
+from bpfdp_agent.model.cluster import ClusterView
+from bpfdp_agent.reconcile.services import NEEDS, ServiceSync
+from bpfdp_agent.reconcile.surroundings import Surroundings
+from bpfdp_agent.serve.metrics import Metrics
+from bpfdp_agent.serve.nodestatus import NodeStatus
+from bpfdp_agent.serve.proxyhealth import ProxyHealth
+from bpfdp_agent.watch.wire import ObjectKey, Synced
+from unit.agent.kube_objects import added, deleted, endpoint, endpoint_slice, node, service
+
+
+class FakeMaps:
+    """Maps as dicts; `full` names one that takes no more."""
+
+    def __init__(self) -> None:
+        self.content: dict[tuple[str, int], dict[bytes, bytes]] = {}
+        self.full = ""
+
+    def read(self, name, family):
+        return dict(self.content.get((name, family), {}))
+
+    def write(self, name, family, puts, deletes=()):
+        table = self.content.setdefault((name, family), {})
+        if name == self.full and puts:
+            raise MapFull(f"{name}{family}", 1)
+        table.update(puts)
+        for key in deletes:
+            table.pop(key, None)
+
+    def __getitem__(self, which):
+        return SimpleNamespace(lookup=lambda key: self.content.get(which, {}).get(key))
+
+
+class FakeEvents:
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def warning(self, ref, reason, message):
+        self.told.append((str(ref), reason))
+
+
+class FakeConnections:
+    def __init__(self) -> None:
+        self.forgotten: list[int] = []
+
+    async def forget_backends(self, family, gone):
+        self.forgotten += [family] * len(gone)
+
+
+class Bench:
+    """A ServiceSync with a synced view."""
+
+    def __init__(self, *, synced: bool = True) -> None:
+        self.view = ClusterView("node1")
+        self.maps, self.events, self.connections = FakeMaps(), FakeEvents(), FakeConnections()
+        self.proxy = ProxyHealth()
+        self.status = NodeStatus("1", "6.18")
+        self.around = Surroundings(
+            settings=None,
+            view=self.view,
+            status=self.status,
+            events=self.events,
+            metrics=Metrics(),
+            proxy=self.proxy,
+            proxy_servers=SimpleNamespace(wake=SimpleNamespace(set=lambda: None)),
+        )
+        self.fresh()
+        self.give(added(node()))
+        if synced:
+            self.synced()
+
+    def fresh(self) -> None:
+        """As after a restart of the agent: the maps stay."""
+        self.sync = ServiceSync(self.around, self.maps, self.connections, lambda: None)
+
+    def synced(self) -> None:
+        for kind in NEEDS:
+            self.view.apply(Synced(kind))
+
+    def give(self, *events) -> None:
+        for event in events:
+            self.view.apply(event)
+        self.sync.changed(self.view.take_changes().services)
+
+    def size(self, name: str, family: int = 4) -> int:
+        return len(self.maps.read(name, family))
+
+
+def web(number: int = 1, **spec):
+    name = f"web{number}"
+    return (
+        added(service(name, f"10.96.1.{number}", **spec)),
+        added(endpoint_slice([endpoint(f"10.0.0.{number}"), endpoint("10.0.1.1")], name)),
+    )
+
+
+async def test_nothing_is_written_or_deleted_before_the_lists_are_complete():
+    bench = Bench(synced=False)
+    stale = FRONTEND_KEY.pack(4, addr=bytes([10, 96, 9, 9]), port=80, proto=6)
+    bench.maps.content["frontends", 4] = {stale: FRONTEND.pack(4, service=77)}
+    bench.give(*web())
+    assert await bench.sync.reconcile() == 0
+    assert bench.size("frontends") == 1
+    assert not bench.status.is_true("ServicesSynced")
+    bench.synced()
+    await bench.sync.reconcile()
+    assert stale not in bench.maps.read("frontends", 4)
+    assert bench.status.is_true("ServicesSynced")
+
+
+@pytest.mark.parametrize("others", [0, 200])
+async def test_an_endpoint_costs_the_same_however_many_services_there_are(others):
+    bench = Bench()
+    bench.give(*(e for n in range(2, 2 + others) for e in web(n)))
+    bench.give(*web())
+    await bench.sync.reconcile()
+    assert await bench.sync.reconcile() == 0
+    ips = ["10.0.0.1", "10.0.1.1", "10.0.2.1"]
+    bench.give(added(endpoint_slice([endpoint(ip) for ip in ips], "web1")))
+    # the backend, a slot of the cluster list, and the frontend with its new count
+    assert await bench.sync.reconcile() == 3
+
+
+async def test_a_restarted_agent_writes_only_what_differs():
+    bench = Bench()
+    bench.give(*web(1), *web(2))
+    await bench.sync.reconcile()
+    bench.fresh()
+    assert await bench.sync.reconcile() == 0
+    bench.fresh()
+    bench.give(deleted(service("web2", "10.96.1.2")))
+    assert await bench.sync.reconcile() > 0
+    assert bench.size("frontends") == 2
+
+
+async def test_backends_that_go_lose_their_udp_flows():
+    bench = Bench()
+    bench.give(*web())
+    await bench.sync.reconcile()
+    bench.give(added(endpoint_slice([endpoint("10.0.1.1")], "web1")))
+    await bench.sync.reconcile()
+    assert bench.connections.forgotten == [4]
+
+
+async def test_a_full_map_is_told_of_and_healed():
+    bench = Bench()
+    bench.maps.full = "backends"
+    bench.give(*web())
+    with pytest.raises(MapFull):
+        await bench.sync.reconcile()
+    assert ("Service ns/web1", "MapFull") in bench.events.told
+    assert bench.status.get("ServicesSynced").reason == "MapFull"
+    assert "web1" in bench.status.get("ServicesSynced").message
+    bench.maps.full = ""
+    await bench.sync.reconcile()
+    assert bench.size("backends") == 2
+    assert bench.status.is_true("ServicesSynced")
+
+
+async def test_a_bad_endpoint_is_named_and_harms_nothing_else():
+    bench = Bench()
+    slice_ = added(endpoint_slice([endpoint("10.0.0.300"), endpoint("10.0.1.1")], "web1"))
+    bench.give(*web(2), web()[0], slice_)
+    await bench.sync.reconcile()
+    assert ("Service ns/web1", "InvalidObject") in bench.events.told
+    assert bench.status.current.last_error.object == "Service ns/web1"
+    assert bench.size("frontends") == 4
+    bench.give(*web())
+    await bench.sync.reconcile()
+    assert bench.status.current.last_error is None
+
+
+async def test_health_check_node_ports_count_local_ready_endpoints():
+    bench = Bench()
+    found = added(
+        service(
+            "lb",
+            "10.96.1.9",
+            type="LoadBalancer",
+            externalTrafficPolicy="Local",
+            healthCheckNodePort=30999,
+        )
+    )
+    ends = [endpoint("10.0.0.1"), endpoint("10.0.0.2", ready=False), endpoint("10.0.1.1", "node2")]
+    bench.give(found, added(endpoint_slice(ends, "lb")))
+    await bench.sync.reconcile()
+    assert bench.proxy.services[30999].local_endpoints == 1
+    assert bench.proxy.synced
+    bench.give(deleted(service("lb", "10.96.1.9")))
+    await bench.sync.reconcile()
+    assert bench.proxy.services == {}
+    assert ObjectKey("ns", "lb") not in bench.view.services
