@@ -120,9 +120,11 @@ def in_rollout(world: World, node: Node) -> bool:
 
 
 def _down_seconds(pod: Pod, now: float) -> float:
-    """How long the pod has not been Ready; 0 for one that the kubelet has not reported on."""
+    """How long the pod has not been Ready; 0 for one just made and for one being replaced."""
     readiness = condition_of(pod.status.conditions, "Ready")
-    if readiness is None or readiness.last_transition_time is None:
+    if pod.metadata.deletion_timestamp is not None or readiness is None:
+        return 0.0
+    if readiness.status == "True" or readiness.last_transition_time is None:
         return 0.0
     return now - datetime.fromisoformat(readiness.last_transition_time).timestamp()
 

@@ -116,6 +116,17 @@ def test_an_agent_that_starts_is_no_problem_yet() -> None:
         assert survey(later).nodes[0].starting is starting
 
 
+def test_a_pod_that_ends_is_being_replaced() -> None:
+    fake = cluster()
+    fake.settle()
+    first, *others = fake.world().agent_pods
+    metadata = msgspec.structs.replace(first.metadata, deletion_timestamp="2027-01-15T08:00:00Z")
+    ending = msgspec.structs.replace(first, metadata=metadata)
+    world = msgspec.structs.replace(fake.world(), agent_pods=(ending, *others))
+    assert not survey(world).nodes[0].agent_ready
+    assert survey(world).nodes[0].starting
+
+
 def test_one_whose_pod_is_gone_for_good_is_down() -> None:
     fake = cluster()
     fake.settle()
