@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bpfdp_agent.bpf import features
 from bpfdp_agent.config import Config, ConfigError, ProcessSettings, runtime_config
+from bpfdp_agent.dataplane.pins import Pins, listing
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile.loop import Loop
 from bpfdp_agent.reconcile.session import Session, detach
@@ -123,7 +124,7 @@ class Agent:
     # -- the kernel's features ------------------------------------------------------------
 
     async def _probe_features(self) -> None:
-        found = await asyncio.to_thread(features.probe)
+        found = await asyncio.to_thread(features.probe, self._around.settings.missing_features)
         missing = features.missing_required(found)
         self._supported = not missing
         status = self._around.status
@@ -142,9 +143,10 @@ class Agent:
         message = "Missing kernel features: " + "; ".join(
             f"{f.name} ({f.message})" for f in missing
         )
-        log.error("%s. Nothing is attached on this node.", message)
+        log.error("%s. This agent attaches nothing on this node.", message)
         status.condition("FeaturesSupported", False, "KernelUnsupported", message)
-        status.condition("Attached", False, "KernelUnsupported", "Nothing is attached.")
+        if not listing(Pins().links):
+            status.condition("Attached", False, "KernelUnsupported", "Nothing is attached.")
         self._health.not_ready = ""
 
     # -- watching -------------------------------------------------------------------------

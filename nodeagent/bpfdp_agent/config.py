@@ -44,6 +44,8 @@ class ProcessSettings(msgspec.Struct, frozen=True):
     health_port: int = 9099
     metrics_port: int = 9091
     fault: Fault = ""
+    missing_features: frozenset[str] = frozenset()
+    """Features to take for missing, for tests of what happens then."""
 
     @property
     def failed_dir(self) -> Path:
@@ -69,7 +71,14 @@ def settings_from_env(env: Mapping[str, str]) -> ProcessSettings:
         health_port=_port(env, "BPFDP_HEALTH_PORT", 9099),
         metrics_port=_port(env, "BPFDP_METRICS_PORT", 9091),
         fault=_fault(env.get("BPFDP_FAULT", "")),
+        missing_features=_missing(env.get("BPFDP_FAKE_MISSING_FEATURES", ""), node_name),
     )
+
+
+def _missing(text: str, node_name: str) -> frozenset[str]:
+    """`feature` on every node, `feature@node` on one; comma-separated."""
+    pairs = (part.strip().partition("@") for part in text.split(",") if part.strip())
+    return frozenset(feature for feature, _, node in pairs if node in ("", node_name))
 
 
 def _port(env: Mapping[str, str], name: str, default: int) -> int:

@@ -75,12 +75,20 @@ class ServicePort(msgspec.Struct, frozen=True):
     created: str
 
 
+class SliceProblem(NamedTuple):
+    """What of an EndpointSlice was left out."""
+
+    slice: wire.ObjectKey
+    problem: str
+
+
 class ServiceView(msgspec.Struct, frozen=True):
-    """A service in one family. `problems` name what was left out, for a log line and an Event."""
+    """A service in one family. The problems say what of it, and of its slices, was left out."""
 
     ports: tuple[ServicePort, ...] = ()
     cluster_ip: bytes = b""
     problems: tuple[str, ...] = ()
+    slice_problems: tuple[SliceProblem, ...] = ()
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -132,13 +140,15 @@ def service_view(
     if not cluster_ip:
         return ServiceView()
     problems: list[str] = []
-    reader = _EndpointReader(slices, family, nodes, problems)
+    reader = _EndpointReader(slices, family, nodes)
     ports = tuple(
         _service_port(service, port, cluster_ip, reader, problems)
         for port in service.spec.ports
         if _known_protocol(port, problems)
     )
-    return ServiceView(ports, cluster_ip, tuple(dict.fromkeys(problems)))
+    return ServiceView(
+        ports, cluster_ip, tuple(dict.fromkeys(problems)), tuple(dict.fromkeys(reader.problems))
+    )
 
 
 def _cluster_ip(spec: wire.ServiceSpec, family: int) -> bytes:
@@ -345,12 +355,11 @@ class _EndpointReader:
         slices: Sequence[wire.EndpointSlice],
         family: int,
         nodes: NodeIndex,
-        problems: list[str],
     ) -> None:
         self.family = family
         self.nodes = nodes
         self._slices = [s for s in slices if s.address_type == f"IPv{family}"]
-        self._problems = problems
+        self.problems: list[SliceProblem] = []
 
     def candidates(self, port_name: str, protocol: str) -> list[Candidate]:
         """The endpoints of all slices for one port, one for each address and port.
@@ -375,8 +384,8 @@ class _EndpointReader:
         numbers = []
         for port in slice_.ports or ():
             if port.name is None or not port.port or not 0 < port.port < 65536:
-                self._problems.append(
-                    f"EndpointSlice {slice_.key}: a port without a name or number is ignored"
+                self.problems.append(
+                    SliceProblem(slice_.key, "a port without a name or number is ignored")
                 )
             elif port.name == port_name and (port.protocol or "TCP") == protocol:
                 numbers.append(port.port)
@@ -388,8 +397,8 @@ class _EndpointReader:
         text = endpoint.addresses[0] if endpoint.addresses else ""
         address = packed(text)
         if address is None or not _is_family(address, self.family):
-            self._problems.append(
-                f"EndpointSlice {slice_.key}: endpoint {text!r} is no IPv{self.family} address"
+            self.problems.append(
+                SliceProblem(slice_.key, f"endpoint {text!r} is no IPv{self.family} address")
             )
             return None
         conditions, hints = endpoint.conditions, endpoint.hints

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bpfdp_agent.model.services import ServiceView
     from bpfdp_agent.reconcile.connections import Connections
     from bpfdp_agent.reconcile.surroundings import Surroundings
+    from bpfdp_agent.serve.events import ObjectRef
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class ServiceSync:
         self._started = False
         self.complete = False
         self._interrupted: set[int] = set()
-        self._invalid: set[tuple[ObjectKey, int]] = set()
+        self._invalid: dict[tuple[ObjectKey, int], dict[ObjectRef, str]] = {}
         self._served: set[tuple[ObjectKey, int]] = set()
         self._health_checks: dict[ObjectKey, ServiceHealth] = {}
 
@@ -124,7 +125,7 @@ class ServiceSync:
     def _follow(self, family: int, views: dict[ObjectKey, ServiceView]) -> None:
         """Problems, health check ports, and which services are served in either family."""
         for key, view in views.items():
-            self._follow_problems(key, family, view.problems)
+            self._follow_problems(key, family, view)
             self._served.discard((key, family))
             if view.ports:
                 self._served.add((key, family))
@@ -133,15 +134,18 @@ class ServiceSync:
             if check:
                 self._health_checks[key] = check
 
-    def _follow_problems(self, key: ObjectKey, family: int, problems: tuple[str, ...]) -> None:
-        ref = ref_of(Kind.SERVICE, key)
-        if problems:
-            self._invalid.add((key, family))
-            self._around.invalid(ref, "; ".join(problems))
-        elif (key, family) in self._invalid:
-            self._invalid.discard((key, family))
-            if not any((key, f) in self._invalid for f in FAMILIES):
+    def _follow_problems(self, key: ObjectKey, family: int, view: ServiceView) -> None:
+        """Name the objects that are wrong in part, once, and when they are well again."""
+        before, now = self._invalid.get((key, family), {}), _problems_of(key, view)
+        self._invalid.pop((key, family), None)
+        for ref in before.keys() - now.keys():
+            if not any(ref in others for others in self._invalid.values()):
                 self._around.valid(ref)
+        for ref, problem in now.items():
+            if before.get(ref) != problem:
+                self._around.invalid(ref, problem)
+        if now:
+            self._invalid[key, family] = now
 
     def _publish(self) -> None:
         around = self._around
@@ -157,6 +161,16 @@ class ServiceSync:
         around.proxy_servers.wake.set()
         self.complete = True
         self._synced()
+
+
+def _problems_of(key: ObjectKey, view: ServiceView) -> dict[ObjectRef, str]:
+    """What is wrong, by the object at fault."""
+    found: dict[ObjectRef, list[str]] = {}
+    if view.problems:
+        found[ref_of(Kind.SERVICE, key)] = list(view.problems)
+    for each in view.slice_problems:
+        found.setdefault(ref_of(Kind.ENDPOINT_SLICE, each.slice), []).append(each.problem)
+    return {ref: "; ".join(problems) for ref, problems in found.items()}
 
 
 def _names(keys: set[ObjectKey]) -> str:

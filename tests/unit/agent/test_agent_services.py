@@ -171,8 +171,8 @@ async def test_a_bad_endpoint_is_named_and_harms_nothing_else():
     slice_ = added(endpoint_slice([endpoint("10.0.0.300"), endpoint("10.0.1.1")], "web1"))
     bench.give(*web(2), web()[0], slice_)
     await bench.sync.reconcile()
-    assert ("Service ns/web1", "InvalidObject") in bench.events.told
-    assert bench.status.current.last_error.object == "Service ns/web1"
+    assert ("EndpointSlice ns/web1-v4", "InvalidObject") in bench.events.told
+    assert bench.status.current.last_error.object == "EndpointSlice ns/web1-v4"
     assert bench.size("frontends") == 4
     bench.give(*web())
     await bench.sync.reconcile()

@@ -77,3 +77,9 @@ def test_settings_from_the_daemonsets_environment():
     settings = settings_from_env({"NODE_NAME": "n1", "NODE_IPS": "192.0.2.1, 2001:db8::1"})
     assert settings.node_ips == ("192.0.2.1", "2001:db8::1")
     assert settings.health_port == 9099
+
+
+def test_features_are_made_missing_on_all_nodes_or_on_one():
+    env = {"BPFDP_FAKE_MISSING_FEATURES": "tcx, lpm_trie@n1,clsact@n2"}
+    assert settings_from_env(env | {"NODE_NAME": "n1"}).missing_features == {"tcx", "lpm_trie"}
+    assert settings_from_env({"NODE_NAME": "n1"}).missing_features == frozenset()

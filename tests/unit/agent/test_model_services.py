@@ -142,7 +142,9 @@ def test_bad_parts_are_named_and_left_out():
     svc = service(externalIPs=["nonsense"], loadBalancerSourceRanges=["10.0.0.0/99"])
     found = view(svc, slice_)
     assert last(found.ports[0].cluster) == [1]
-    problems = "\n".join(found.problems)
+    problems = "\n".join(
+        [*found.problems, *(f"{p.slice} {p.problem}" for p in found.slice_problems)]
+    )
     for named in ("ns/web-v4", "300.0.0.1", "without a name or number", "nonsense", "10.0.0.0/99"):
         assert named in problems
 
