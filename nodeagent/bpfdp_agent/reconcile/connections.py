@@ -69,7 +69,7 @@ class Connections:
         self._around.metrics.conntrack_removed.labels("backend gone").inc(purged)
         closed = sockets.close_connected_udp(list(_places(family, gone.values())))
         if purged or closed:
-            log.info("%d UDP flows and %d sockets were on backends that went", purged, closed)
+            log.debug("%d UDP flows and %d sockets were on backends that went", purged, closed)
 
 
 def _places(family: int, values: Iterable[bytes]) -> Iterable[sockets.Backend]:

@@ -9,6 +9,7 @@ taken off while its interface lives: its last packets would pass outside of its 
 from __future__ import annotations
 
 import logging
+import socket
 from typing import TYPE_CHECKING, Literal
 
 from bpfdp_agent.bpf.errors import AttachFailed
@@ -43,6 +44,15 @@ def attach_kind(wanted: str, features: frozenset[str]) -> Literal["TCX", "TC"]:
             f"spec.interfaces.attachType is {kind}, which this kernel lacks: set it to Auto"
         )
     return kind
+
+
+def exists(ifindex: int) -> bool:
+    """Whether there is such an interface."""
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
 
 
 class HookSync:
@@ -117,7 +127,8 @@ class HookSync:
                 try:
                     await attacher.attach(hook, ifindex, family, program.descriptor)
                 except AttachFailed as error:
-                    failed.append(str(error))
+                    if exists(ifindex):  # a pod's interface may go at any moment
+                        failed.append(str(error))
         return failed
 
     async def _detach_devices(
@@ -138,6 +149,8 @@ class HookSync:
         status = self._around.status
         by_name: dict[str, set[str]] = {}
         for hook, ifindex in wanted:
+            if not exists(ifindex):
+                continue
             by_name.setdefault(interface_name(ifindex), set()).add(str(hook))
         status.interfaces(by_name)
         status.update(attach_type=kind)
