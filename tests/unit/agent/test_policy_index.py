@@ -92,7 +92,7 @@ def test_an_unknown_policy_type_isolates_both_ways_and_is_named():
     assert subject.problems[0].field == "spec.policyTypes"
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(policy_sets(), policy_sets(), st.lists(st.tuples(st.sampled_from(NAMESPACES), labels)))
 def test_index_agrees_with_asking_every_policy(first, second, pods):
     """Whatever the order of arrival, replacement and deletion."""

@@ -9,7 +9,7 @@ from bpfdp_agent.model.selectors import (
     read_superset,
 )
 from bpfdp_agent.watch.wire import LabelSelector, LabelSelectorRequirement
-from hypothesis import given
+from hypothesis import given, settings
 from policy_reference import selector_matches
 from policy_strategies import labels, selectors
 
@@ -79,11 +79,13 @@ def test_the_superset_of_an_unreadable_selector_keeps_the_rest():
     assert not superset.matches({"app": "y", "v": "4"})
 
 
+@settings(deadline=None)
 @given(selectors, labels)
 def test_agrees_with_the_reference(selector, found):
     assert read_selector(selector).matches(found) == selector_matches(selector, found)
 
 
+@settings(deadline=None)
 @given(selectors, selectors)
 def test_equal_keys_mean_equal_selectors(one, two):
     first, second = read_selector(one), read_selector(two)
