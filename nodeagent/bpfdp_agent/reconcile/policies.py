@@ -67,6 +67,7 @@ class PolicySync:
         self._slots: dict[str, PolicySlots] = {}
         self._loaded: dict[str, int] = {}
         self._dirty: set[ObjectKey] = set()
+        self._dirty_namespaces: set[str] = set()
         self._changes: list[Changes] = []
         self._troubled: dict[ObjectKey, str] = {}
         self._opened = False
@@ -104,7 +105,8 @@ class PolicySync:
 
     def slots_of(self, pod: Pod) -> PolicySlots:
         """The slots of a pod of this node; a pod not met before is judged here and now."""
-        if pod.key not in self._judges:
+        if pod.key not in self._judges or pod.metadata.uid not in self._slots:
+            self._take_changes()  # a policy that came with it counts
             self._meet(pod)
         return self._slots[pod.metadata.uid]
 
@@ -149,12 +151,17 @@ class PolicySync:
         if not self.identities_known or not self._around.view.synced(*NEEDS):
             return 0
         await self._open()
-        operations = await self._take_changes()
+        self._take_changes()
+        operations = await self._write_namespaces()
         dirty, self._dirty = self._dirty, set()
         pods = [p for key in dirty if (p := self._own_pod(key)) is not None]
         for pod in pods:
             self._meet(pod)
-        await self._load(pods)
+        try:
+            await self._load(pods)
+        except BaseException:
+            self._dirty |= dirty
+            raise
         for pod in pods:
             self._settle(pod)
         self._follow_trouble()
@@ -175,24 +182,29 @@ class PolicySync:
         except BpfError as error:
             log.error("policies: %s", error)
 
-    async def _take_changes(self) -> int:
+    def _take_changes(self) -> None:
+        """Policies into the index; which pods and namespaces to look at goes to the dirty sets."""
         view = self._around.view
-        if not self.started:
-            self._changes.clear()
-            names, policies = set(view.namespaces), set(view.policies)
-            self._dirty.update(p.key for p in view.pods_on(view.nodes.own))
-        else:
-            taken, self._changes = self._changes, []
+        taken, self._changes = self._changes, []
+        if self.started:
             names = {n for c in taken for n in c.namespaces}
             policies = {p for c in taken for p in c.policies}
             for key in {p for c in taken for p in c.pods}:
                 self._look_again(key)
+        else:
+            names, policies = set(view.namespaces), set(view.policies)
+            self._dirty.update(p.key for p in view.pods_on(view.nodes.own))
+        self._dirty_namespaces |= names
         for key in policies:
             self._set_policy(key)
+
+    async def _write_namespaces(self) -> int:
+        """Tell the programs of namespaces' labels."""
+        names, self._dirty_namespaces = self._dirty_namespaces, set()
         operations = 0
         async with self._peers:
             for name in names:
-                found = view.namespaces.get(name)
+                found = self._around.view.namespaces.get(name)
                 labels = found.metadata.labels if found else None
                 operations += await self._write(self._membership.set_namespace(name, labels))
         return operations
