@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection to the API server: kubernetes-asyncio says where and who, aiohttp moves bytes."""
+"""The connection to the API server: where it is, who we are, TLS, and bytes by aiohttp.
+
+In a pod that is the service account's files and two variables, read here: importing
+kubernetes-asyncio costs 35 MB and half a second, for model classes that nobody uses. Elsewhere it
+reads the kubeconfig.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import ssl
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
-from kubernetes_asyncio import config
-from kubernetes_asyncio.client import Configuration
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 REQUEST_SECONDS = 30
 CONNECT_SECONDS = 10
+TOKEN_SECONDS = 60
+"""How long a token is used before its file is read again (the kubelet rotates it hourly)."""
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 NO_CLUSTER = (
     "no API server is configured: in a pod the service account is used, elsewhere point KUBECONFIG"
@@ -109,12 +117,51 @@ async def connect(kubeconfig: str | None = None) -> Connection:
 
     Raises ConnectionError saying what to configure.
     """
+    if kubeconfig is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+        return _connect_in_cluster(os.environ, SERVICE_ACCOUNT)
+    return await _connect_by_kubeconfig(kubeconfig)
+
+
+def _connect_in_cluster(env: Mapping[str, str], account: Path) -> Connection:
+    host, port = env["KUBERNETES_SERVICE_HOST"], env.get("KUBERNETES_SERVICE_PORT", "443")
+    name = f"[{host}]" if ":" in host else host
+    token = _Token(account / "token")
+    try:
+        tls = _verifying(str(account / "ca.crt"))
+        token.read()
+    except OSError as error:
+        raise ConnectionError(f"{NO_CLUSTER} ({error})") from error
+    return Connection(_session(tls), f"https://{name}:{port}", token.authorize)
+
+
+class _Token:
+    """A service account's token, read again when it may have been rotated."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._text = ""
+        self._read_at = 0.0
+
+    def read(self) -> None:
+        """Read the file. Raises OSError."""
+        self._text = self._path.read_text().strip()
+        self._read_at = time.monotonic()
+
+    async def authorize(self) -> dict[str, str]:
+        """The header; with the last token where the file cannot be read just now."""
+        if time.monotonic() - self._read_at > TOKEN_SECONDS:
+            with contextlib.suppress(OSError):
+                self.read()
+        return {"Authorization": f"Bearer {self._text}"}
+
+
+async def _connect_by_kubeconfig(kubeconfig: str | None) -> Connection:
+    from kubernetes_asyncio import config  # noqa: PLC0415 - see the module's docstring
+    from kubernetes_asyncio.client import Configuration  # noqa: PLC0415
+
     settings = Configuration()
     try:
-        if kubeconfig is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-            config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-        else:
-            await config.load_kube_config(kubeconfig, client_configuration=settings)
+        await config.load_kube_config(kubeconfig, client_configuration=settings)
     except (config.ConfigException, OSError) as error:
         raise ConnectionError(f"{NO_CLUSTER} ({error})") from error
 
@@ -125,19 +172,21 @@ async def connect(kubeconfig: str | None = None) -> Connection:
     host = settings.host
     if not host:
         raise ConnectionError(NO_CLUSTER)
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=_tls(settings)), trust_env=True
-    )
-    return Connection(session, host, authorize)
+    tls = _verifying(settings.ssl_ca_cert)
+    if settings.cert_file:
+        tls.load_cert_chain(settings.cert_file, keyfile=settings.key_file)
+    if not settings.verify_ssl:
+        tls.check_hostname = False
+        tls.verify_mode = ssl.CERT_NONE
+    return Connection(_session(tls), host, authorize)
 
 
-def _tls(settings: Configuration) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=settings.ssl_ca_cert)
+def _session(tls: ssl.SSLContext) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=tls), trust_env=True)
+
+
+def _verifying(ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file)
     # cluster CAs are often made without the extensions that Python 3.13 began to insist on
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    if settings.cert_file:
-        context.load_cert_chain(settings.cert_file, keyfile=settings.key_file)
-    if not settings.verify_ssl:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
     return context
