@@ -1,20 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What every tc hook starts with: known flows are done here, by one lookup; the rest is handed on.
 
-static __always_inline void fill_flow(struct flow *flow, const struct packet *p, __u32 hook) {
-    __builtin_memset(flow, 0, sizeof(*flow));
-    __builtin_memcpy(flow, &p->key, sizeof(p->key));
-    flow->new_src = p->key.src;
-    flow->new_dst = p->key.dst;
-    flow->new_sport = p->key.sport;
-    flow->new_dport = p->key.dport;
-    flow->hook = hook;
-    flow->l4 = p->l4;
-    flow->ttl = p->ttl;
-    flow->tcp_flags = p->tcp_flags;
-    flow->fragment = p->fragment;
-}
-
 static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, __u32 hook,
                                 __u32 program) {
     struct flow *flow = policy_flow();
@@ -32,8 +18,7 @@ static __always_inline int refresh(struct __sk_buff *skb, const struct packet *p
     entry->checked = now;
     if (p->key.proto == IPPROTO_UDP && entry->backend && backend_gone(entry))
         return -1;
-    if (entry->action == ACT_NEIGH)
-        find_route(skb, entry);
+    find_route(skb, entry);
     return 0;
 }
 

@@ -105,8 +105,7 @@ static __always_inline int store_flow(struct __sk_buff *skb, const struct flow *
     note_tcp(entry, p->tcp_flags);
     entry->packets = 1;
     entry->bytes = skb->len;
-    if (entry->action == ACT_NEIGH)
-        find_route(skb, entry);
+    find_route(skb, entry);
     return ct.update((struct ct_key *)&p->key, entry) < 0 ? -1 : 0;
 }
 

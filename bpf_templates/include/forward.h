@@ -4,28 +4,33 @@
 #define FIB_SKIP_NEIGHBOUR 4    // BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3
 #define CSUM_IPV6 (1ULL << 7)   // BPF_F_IPV6, Linux 6.16
 #define HOST_IN_MARK 0x62706470 // from_tunnel to from_net: deliver this one to the node itself
-#define TTL_STEP 0xfffe         // ones' complement of 1: ttl is the low byte of its word
-#define HOP_LIMIT_STEP 0xfeff   // hop limit is the high byte of its word
+#define AF_IPV4 2
+#define AF_IPV6 10
+#define TUNNEL_OVERHEAD_4 50 // outer IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14
+#define TUNNEL_OVERHEAD_6 70
+#define TTL_STEP 0xfffe       // ones' complement of 1: ttl is the low byte of its word
+#define HOP_LIMIT_STEP 0xfeff // hop limit is the high byte of its word
 
 // BCC 0.26 declares this helper without its size argument.
 static long (*redirect_neighbour)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
                                   __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
-static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib) {
+// 0: a route was found; the neighbour need not be known yet.
+static __always_inline int fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib) {
+    fib->tot_len = 1; // asks for the route's MTU
     long found = bpf_fib_lookup(skb, fib, sizeof(*fib), FIB_SKIP_NEIGHBOUR);
     if (found < 0) { // a kernel without the flag
         fib->tot_len = 0;
         found = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
     }
-    return found;
+    return found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH ? 0 : -1;
 }
 
 // Next hop of the entry's packets. ifindex 0, the stack, where the route does not lead out of the
 // data interface.
-static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry) {
+static __always_inline void find_neighbour(struct __sk_buff *skb, struct ct *entry) {
     struct settings *node = node_settings();
     struct bpf_fib_lookup fib = {.family = FAMILY_AF, .ifindex = skb->ifindex};
-    fib.tot_len = 1; // asks for the route's MTU
     entry->ifindex = 0;
 #if FAMILY == 4
     fib.ipv4_src = entry->new_src.w[0];
@@ -34,13 +39,10 @@ static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry) 
     __builtin_memcpy(fib.ipv6_src, &entry->new_src, 16);
     __builtin_memcpy(fib.ipv6_dst, &entry->new_dst, 16);
 #endif
-    long found = fib_lookup(skb, &fib);
-    if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
-        return;
-    if (!node || fib.ifindex != node->data_ifindex)
+    if (fib_lookup(skb, &fib) < 0 || !node || fib.ifindex != node->data_ifindex)
         return;
     __be32 *hop = (__be32 *)entry->nexthop;
-    if (FAMILY == 6 || fib.family == 10) {
+    if (FAMILY == 6 || fib.family == AF_IPV6) {
         __builtin_memcpy(hop, fib.ipv6_dst, 16);
         entry->flags |= CT_NEXTHOP6;
     } else {
@@ -50,12 +52,56 @@ static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry) 
         hop[3] = fib.ipv4_dst;
         entry->flags &= ~CT_NEXTHOP6;
     }
-    entry->mtu = fib.mtu_result == 1 ? 0 : fib.mtu_result;
+    entry->mtu = fib.mtu_result;
     entry->ifindex = fib.ifindex;
 }
 
-static __always_inline int too_big(const struct __sk_buff *skb, const struct ct *entry) {
-    return entry->mtu && skb->len > (__u32)entry->mtu + ETH_HLEN && !skb->gso_size;
+static __always_inline int is_mapped(const __be32 *node) {
+    return !node[0] && !node[1] && node[2] == MAPPED_WORD;
+}
+
+// How large a packet may be that goes through the tunnel. An IPv6 tunnel's own packets are never
+// fragmented on the way.
+static __always_inline void find_tunnel_mtu(struct __sk_buff *skb, struct ct *entry) {
+    const __be32 *peer = (const __be32 *)entry->nexthop;
+    struct bpf_fib_lookup fib = {.ifindex = skb->ifindex};
+    __u32 overhead = TUNNEL_OVERHEAD_4;
+    if (is_mapped(peer)) {
+        fib.family = AF_IPV4;
+        fib.ipv4_dst = peer[3];
+    } else {
+        fib.family = AF_IPV6;
+        overhead = TUNNEL_OVERHEAD_6;
+        __builtin_memcpy(fib.ipv6_dst, peer, 16);
+    }
+    entry->mtu = 0;
+    if (fib_lookup(skb, &fib) == 0 && fib.mtu_result > overhead)
+        entry->mtu = fib.mtu_result - overhead;
+}
+
+static __always_inline void find_route(struct __sk_buff *skb, struct ct *entry) {
+    if (entry->action == ACT_NEIGH)
+        find_neighbour(skb, entry);
+    else if (entry->action == ACT_TUNNEL)
+        find_tunnel_mtu(skb, entry);
+}
+
+// Size of the packet, or of the largest one that it will be cut into.
+static __always_inline __u32 segment_size(struct __sk_buff *skb, const struct packet *p) {
+    __u8 offset = 0;
+    if (!skb->gso_size)
+        return skb->len - ETH_HLEN;
+    if (p->key.proto != IPPROTO_TCP)
+        return p->l4 - ETH_HLEN + 8 + skb->gso_size;
+    bpf_skb_load_bytes(skb, p->l4 + 12, &offset, 1);
+    return p->l4 - ETH_HLEN + (offset >> 4) * 4 + skb->gso_size;
+}
+
+static __always_inline int too_big(struct __sk_buff *skb, const struct packet *p,
+                                   const struct ct *entry) {
+    if (!entry->mtu || skb->len <= (__u32)entry->mtu + ETH_HLEN)
+        return 0;
+    return segment_size(skb, p) > entry->mtu;
 }
 
 static __always_inline __u32 fold(__u32 sum) {
@@ -150,10 +196,10 @@ static __always_inline int deliver_neighbour(const struct ct *entry) {
     const __be32 *hop = (const __be32 *)entry->nexthop;
     struct bpf_redir_neigh neighbour = {};
     if (FAMILY == 6 || entry->flags & CT_NEXTHOP6) {
-        neighbour.nh_family = 10;
+        neighbour.nh_family = AF_IPV6;
         __builtin_memcpy(neighbour.ipv6_nh, hop, 16);
     } else {
-        neighbour.nh_family = 2;
+        neighbour.nh_family = AF_IPV4;
         neighbour.ipv4_nh = hop[3];
     }
     return redirect_neighbour(entry->ifindex, &neighbour, sizeof(neighbour), 0);
@@ -167,7 +213,7 @@ static __always_inline int deliver_tunnel(struct __sk_buff *skb, const struct ct
     if (!node)
         return TC_ACT_SHOT;
     key.tunnel_id = node->tunnel_vni;
-    if (!peer[0] && !peer[1] && peer[2] == MAPPED_WORD) {
+    if (is_mapped(peer)) {
         key.remote_ipv4 = bpf_ntohl(peer[3]);
     } else {
         __builtin_memcpy(key.remote_ipv6, peer, 16);
@@ -213,31 +259,61 @@ static __always_inline int passes_stack_by(__u8 action) {
     return action == ACT_PEER || action == ACT_NEIGH || action == ACT_TUNNEL;
 }
 
-// Before anything is written: packets that the stack must answer go to it. 0: forward.
-static __always_inline int stack_answers(struct __sk_buff *skb, const struct packet *p,
-                                         const struct ct *entry, __u8 *action) {
+static __always_inline int may_fragment(struct __sk_buff *skb) {
+#if FAMILY == 4
+    struct iphdr *ip = frame(skb) + ETH_HLEN;
+    return (void *)(ip + 1) <= frame_end(skb) && !(ip->frag_off & bpf_htons(0x4000));
+#else
+    return 0;
+#endif
+}
+
+enum { GO_AHEAD, STACK_ANSWERS, WE_ANSWER };
+
+// Before anything is written: packets that cannot go on have to be answered.
+static __always_inline int obstacle(struct __sk_buff *skb, const struct packet *p,
+                                    const struct ct *entry, __u8 *action) {
     if (!passes_stack_by(*action))
-        return 0;
+        return GO_AHEAD;
     if (unlikely(p->ttl <= 1)) {
         count(COUNT_TTL_EXPIRED);
-        return 1;
+        return STACK_ANSWERS;
     }
-    if (*action == ACT_NEIGH && unlikely(too_big(skb, entry))) {
-        count(COUNT_TOO_BIG);
-        // The stack tells the sender. It routes by the real destination, but would take a packet
-        // with its own address as the source for a forgery.
-        if (!addr_equal(&entry->new_src, &p->key.src))
-            return 1;
-        *action = ACT_STACK;
+    if (*action == ACT_PEER || likely(!too_big(skb, p, entry)))
+        return GO_AHEAD;
+    if (*action == ACT_TUNNEL && may_fragment(skb))
+        return GO_AHEAD; // VXLAN does it
+    count(COUNT_TOO_BIG);
+    if (*action == ACT_TUNNEL) // to the stack it would be for the node itself
+        return WE_ANSWER;
+    // The stack tells the sender. It routes by the real destination, but would take a packet
+    // with its own address as the source for a forgery.
+    if (!addr_equal(&entry->new_src, &p->key.src))
+        return STACK_ANSWERS;
+    *action = ACT_STACK;
+    return GO_AHEAD;
+}
+
+static __always_inline int refuse_size(struct __sk_buff *skb, const struct packet *p, __u32 hook,
+                                       __u32 mtu) {
+    struct flow *flow = policy_flow();
+    if (flow) {
+        fill_flow(flow, p, hook);
+        flow->mtu = mtu;
+        jumps.call(skb, JUMP_REJECT);
     }
-    return 0;
+    count(COUNT_DROP_INTERNAL);
+    return TC_ACT_SHOT;
 }
 
 static __always_inline int forward(struct __sk_buff *skb, const struct packet *p,
                                    const struct ct *entry, __u32 hook) {
     __u8 action = action_at(hook, entry);
-    if (stack_answers(skb, p, entry, &action))
+    int answer = obstacle(skb, p, entry, &action);
+    if (unlikely(answer == STACK_ANSWERS))
         return TC_ACT_UNSPEC;
+    if (unlikely(answer == WE_ANSWER))
+        return refuse_size(skb, p, hook, entry->mtu);
     int hop = passes_stack_by(action);
     if (hop || entry->flags & CT_NAT) {
         if (rewrite_network(skb, entry, hop) < 0)

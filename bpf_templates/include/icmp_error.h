@@ -113,8 +113,7 @@ static __always_inline int unknown_error(struct __sk_buff *skb, const struct flo
     if (flow->hook == HOOK_FROM_POD)
         isolated = endpoint && endpoint->egress_slot;
     else if (flow->hook == HOOK_TO_POD)
-        isolated = endpoint && endpoint->ingress_slot &&
-                   (skb->ingress_ifindex || !own_address(&flow->src));
+        isolated = endpoint && endpoint->ingress_slot && skb->ingress_ifindex;
     return isolated ? drop(COUNT_DROP_ICMP_ERROR) : to_stack();
 }
 
@@ -143,6 +142,8 @@ static __always_inline int carry_error(struct __sk_buff *skb) {
     if (!known || !entry_applies(skb, known, flow->hook))
         return flow->hook == HOOK_TO_NET ? TC_ACT_UNSPEC : unknown_error(skb, flow);
 
+    if (known->action == ACT_NEIGH && !known->ifindex) // the first reply is the error
+        find_route(skb, known);
     struct ct entry = *known;
     flow_packet(flow, &p);
     p.key.proto = FAMILY_ICMP;

@@ -241,13 +241,14 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
     return judge(skb, flow, POLICY_SLOT_ALLOW, POLICY_SLOT_ALLOW);
 }
 
-// Through the stack to a pod: from the node itself always, from elsewhere if its policy allows.
+// Through the stack to a pod: from the node itself always (whichever of its addresses it uses, the
+// pods' gateway for one), from elsewhere if its policy allows.
 static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow) {
     struct endpoint *target = endpoint_of(&flow->dst);
     __u32 ingress_slot = target ? target->ingress_slot : POLICY_SLOT_ALLOW;
     flow->action = ACT_STACK;
     flow->reply_action = ACT_STACK;
-    if (!skb->ingress_ifindex && own_address(&flow->src))
+    if (!skb->ingress_ifindex)
         ingress_slot = POLICY_SLOT_ALLOW;
     return judge(skb, flow, POLICY_SLOT_ALLOW, ingress_slot);
 }

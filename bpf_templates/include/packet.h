@@ -217,3 +217,18 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p) {
     return parse_fragment(skb, p, id);
 }
 #endif
+
+// What the tail-called programs know of the packet.
+static __always_inline void fill_flow(struct flow *flow, const struct packet *p, __u32 hook) {
+    __builtin_memset(flow, 0, sizeof(*flow));
+    __builtin_memcpy(flow, &p->key, sizeof(p->key));
+    flow->new_src = p->key.src;
+    flow->new_dst = p->key.dst;
+    flow->new_sport = p->key.sport;
+    flow->new_dport = p->key.dport;
+    flow->hook = hook;
+    flow->l4 = p->l4;
+    flow->ttl = p->ttl;
+    flow->tcp_flags = p->tcp_flags;
+    flow->fragment = p->fragment;
+}

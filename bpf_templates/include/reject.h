@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
-// A refusal the client understands at once, built in the packet's place and sent back: RST to TCP,
-// ICMP port unreachable to everything else.
+// An answer in the packet's place, sent back as from its destination. No backend: RST to TCP, ICMP
+// port unreachable to everything else. Too big for the tunnel: ICMP says how large packets may be.
 
 #define REPLY_TTL 64
 
@@ -81,21 +81,26 @@ static __always_inline int build_reset(struct __sk_buff *skb, const struct flow 
 // What the error quotes: the network header and the first 8 bytes behind it.
 #define QUOTED (sizeof(NETWORK_HEADER) + 8)
 
-static __always_inline int build_unreachable(struct __sk_buff *skb, const struct flow *flow) {
+static __always_inline int build_error(struct __sk_buff *skb, const struct flow *flow) {
     struct {
         NETWORK_HEADER ip;
         __u8 type;
         __u8 code;
         __sum16 check;
-        __be32 unused;
+        __be32 mtu;
         __u8 quoted[QUOTED];
     } reply;
     const __u32 size = 8 + QUOTED;
     reply_header(flow, &reply.ip, FAMILY_ICMP, size);
-    reply.type = FAMILY == 4 ? 3 : 1;
-    reply.code = FAMILY == 4 ? 3 : 4;
+    if (flow->mtu) {
+        reply.type = FAMILY == 4 ? 3 : 2;
+        reply.code = FAMILY == 4 ? 4 : 0;
+    } else {
+        reply.type = FAMILY == 4 ? 3 : 1;
+        reply.code = FAMILY == 4 ? 3 : 4;
+    }
     reply.check = 0;
-    reply.unused = 0;
+    reply.mtu = bpf_htonl(flow->mtu);
     if (bpf_skb_load_bytes(skb, ETH_HLEN, reply.quoted, QUOTED) < 0)
         return -1;
     __u32 sum = FAMILY == 4 ? 0 : pseudo_header_sum(flow, FAMILY_ICMP, size);
@@ -110,12 +115,16 @@ static __always_inline int reject_flow(struct __sk_buff *skb) {
     struct flow *flow = policy_flow();
     if (!flow)
         return TC_ACT_SHOT;
-    int built = flow->proto == IPPROTO_TCP ? build_reset(skb, flow) : build_unreachable(skb, flow);
+    int reset = flow->proto == IPPROTO_TCP && !flow->mtu;
+    int built = reset ? build_reset(skb, flow) : build_error(skb, flow);
     if (built < 0 || swap_ethernet(skb) < 0) {
         count(COUNT_DROP_INTERNAL);
         return TC_ACT_SHOT;
     }
-    count(COUNT_REJECTED);
+    if (!flow->mtu)
+        count(COUNT_REJECTED);
+    if (flow->hook == HOOK_TO_NET) // back to the node's own process
+        return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
     if (flow->hook != HOOK_FROM_POD)
         return bpf_redirect(skb->ifindex, 0);
     if (skb->pkt_type != PACKET_HOST)

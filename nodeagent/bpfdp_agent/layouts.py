@@ -297,8 +297,7 @@ class CtFlag(enum.IntFlag):
     REPLY = 2  # the entry of the reply direction
     HOST_REPLY = 4  # replies of a host-network backend: applied at to_net
     NEXTHOP6 = 8  # `nexthop` is an IPv6 address (in the IPv4 map: as ::ffff:a.b.c.d otherwise)
-    ONE_WAY = 16  # replies pass by this node (DSR): only one direction is ever seen
-    HAIRPIN = 32
+    HAIRPIN = 16
 
 
 class TcpFlag(enum.IntFlag):
@@ -380,7 +379,7 @@ CT = struct_of(
     new_dport="be16",
     action="u8",
     tcp="u8",
-    mtu="u16",
+    mtu="u16",  # of the way to nexthop, without the tunnel's overhead; 0: not known
     nexthop="bytes16",
 )
 
@@ -409,6 +408,7 @@ FLOW = struct_of(
     reply_flags="u32",
     flags="u32",
     backend="u32",
+    mtu="u32",  # for `reject`: the packet is refused as larger than this; 0: for lack of a backend
     l4="u32",  # offset of the transport header in the frame
     l4_proto="u8",
     ttl="u8",

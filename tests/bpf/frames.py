@@ -52,6 +52,7 @@ class Frame:
     fragment: tuple[int, bool, int] | None = None
     seq: int = 1000
     udp_checksum: bool = True
+    dont_fragment: bool = False
     macs: tuple[bytes, bytes] = (HOST_MAC, PEER_MAC)
     valid: bool = field(default=True, compare=False)
 
@@ -123,7 +124,7 @@ class Frame:
                     0,
                     20 + len(self.options) + len(body),
                     number,
-                    (0x2000 if more else 0) | offset,
+                    (0x4000 if self.dont_fragment else 0) | (0x2000 if more else 0) | offset,
                     self.ttl,
                     self.proto,
                     0,

@@ -352,3 +352,31 @@ def test_closed_translated_flow_reopens_with_another_choice(a: Node, cast: Addre
     assert again.frame.sport == 40000
     assert again.entry["flags"] & CtFlag.NAT
     assert again.entry["tcp"] == SYN
+
+
+def test_too_big_for_the_tunnel_is_answered(a: Node, cast: Addresses) -> None:
+    a.service([(None, NODEPORT)], [(cast.pod_z, 8080, cast.node_b)])
+    first = Frame(cast.client, cast.node_a, dport=NODEPORT)
+    limit, size = (1450, 1460) if cast.family == 4 else (1430, 1440)
+    a.from_net(first)
+    big = first.but(flags=ACK, payload=bytes(size), dont_fragment=True)
+    answer = a.from_net(big)
+    assert (answer.verdict, answer.entry["mtu"]) == ("REDIRECT", limit)
+    assert (answer.frame.src, answer.frame.dst) == (cast.node_a, cast.client)
+    assert answer.frame.icmp == ((3, 4, limit) if cast.family == 4 else (2, 0, limit))
+    assert answer.frame.valid
+    quoted = read_network(answer.frame.payload)
+    assert (quoted.src, quoted.sport, quoted.dport) == (cast.client, 40000, NODEPORT)
+    if cast.family == 4:
+        assert a.from_net(big.but(dont_fragment=False)).frame.dst == cast.node_a
+
+
+def test_a_reply_too_big_for_the_tunnel_is_answered(a: Node, cast: Addresses) -> None:
+    a.service([(None, NODEPORT)], [(cast.pod_x, 8080, None)])
+    first = Frame(cast.client, cast.node_b, dport=NODEPORT)
+    into = a.from_tunnel(first, cast.node_b)
+    limit, size = (1450, 1460) if cast.family == 4 else (1430, 1440)
+    reply = into.frame.reply(flags=ACK, payload=bytes(size), dont_fragment=True)
+    answer = a.from_pod(reply, "podx")
+    assert (answer.frame.dst, answer.frame.icmp[2]) == (cast.pod_x, limit)
+    assert read_network(answer.frame.payload).src == cast.pod_x
