@@ -71,8 +71,8 @@ class Source(Protocol):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds, and the length of a page.
 
-    The API server sends a bookmark about once a minute, so silence of `inactivity` is a dead
-    connection. A watch that lives shorter than `short` counts as a failure.
+    The API server sends a bookmark about once a minute to watches of kinds that change, so a
+    watch that was silent for `inactivity` may be dead and is started anew at once. A watch that lives shorter than `short` counts as a failure.
     """
 
     page: int = 500
@@ -132,6 +132,8 @@ class Reflector:
                 self._version = ""
                 await self._wait(f"unreadable answer: {error}")
             except OSError as error:
+                if time.monotonic() - started > self._timing.longest_wait:
+                    self._failures = 0  # it worked for a while: no run of failures
                 await self._wait(str(error) or type(error).__name__)
 
     async def _answer(self, error: RequestFailed) -> None:
@@ -199,8 +201,13 @@ class Reflector:
             if code != 200:
                 body = b"".join([line async for line in lines])
                 raise _failed(code, body)
-            async for line in lines:
-                await self._line(_watch.decode(line))
+            try:
+                async for line in lines:
+                    await self._line(_watch.decode(line))
+                    self._failures = 0
+            except TimeoutError:
+                # dead, or of a kind that never changes, for which no bookmark comes: start anew
+                log.debug("%s: nothing heard for %.0f s", self.kind, self._timing.inactivity)
                 self._failures = 0
 
     async def _line(self, envelope: WatchEnvelope) -> None:

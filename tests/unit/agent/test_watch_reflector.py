@@ -8,6 +8,7 @@ import contextlib
 import json
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -219,6 +220,16 @@ async def test_silence_is_a_dead_connection():
         await asyncio.sleep(FAST.inactivity * 2 + 0.2)
         assert len(api.watched) >= 2
         assert len(api.lists) == 1
+
+
+async def test_a_kind_that_never_changes_is_not_a_run_of_failures():
+    """No bookmark comes for it; a growing pause after each silence would be a deaf one."""
+    api = FakeApi()
+    timing = msgspec.structs.replace(FAST, inactivity=0.1, first_wait=5.0, longest_wait=5.0)
+    async with reflecting(api, timing) as queue:
+        assert await briefs(queue, 1) == [("Synced",)]
+        await asyncio.sleep(0.65)
+        assert len(api.watched) >= 4
 
 
 async def test_a_malformed_object_is_named_and_harms_no_other():
