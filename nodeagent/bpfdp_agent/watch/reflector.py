@@ -72,7 +72,8 @@ class Timing(msgspec.Struct, frozen=True):
     """Seconds, and the length of a page.
 
     The API server sends a bookmark about once a minute to watches of kinds that change, so a
-    watch that was silent for `inactivity` may be dead and is started anew at once. A watch that lives shorter than `short` counts as a failure.
+    watch that was silent for `inactivity` may be dead and is started anew at once. A watch that
+    lives shorter than `short` counts as a failure.
     """
 
     page: int = 500
