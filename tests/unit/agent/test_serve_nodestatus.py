@@ -49,11 +49,25 @@ def status() -> NodeStatus:
 def test_transition_time_moves_only_with_the_status():
     s = status()
     assert s.condition("Attached", False, "Syncing", "a")
+    first = s.get("Attached").last_transition_time
     assert not s.condition("Attached", False, "Syncing", "b")
-    assert s.get("Attached").last_transition_time == "t1"
+    assert s.get("Attached").last_transition_time == first
     assert s.get("Attached").message == "b"
     assert s.condition("Attached", True, "Attached", "c")
-    assert s.get("Attached").last_transition_time == "t2"
+    assert s.get("Attached").last_transition_time != first
+
+
+def test_ready_sums_up_the_others():
+    s = status()
+    for kind in ("FeaturesSupported", "ProgramsLoaded", "ServicesSynced", "PoliciesSynced"):
+        s.condition(kind, True, "Synced", "well")
+        assert not s.is_true("Ready")
+    s.condition("Attached", True, "Attached", "well")
+    assert s.is_true("Ready")
+    s.condition("ProgramsLoaded", False, "TemplateError", "line 3")
+    assert (s.get("Ready").reason, s.get("Ready").message) == ("TemplateError", "line 3")
+    s.condition("Attached", False, "Detached", "gone")
+    assert (s.get("Ready").status, s.get("Ready").reason) == ("True", "Detached")
 
 
 def test_the_same_again_is_no_change():
