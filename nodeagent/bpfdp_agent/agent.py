@@ -238,6 +238,7 @@ class Agent:
     async def _detach(self, config: Config) -> None:
         session, detached = self._session, self._around.status.get("Attached")
         if session is None and detached and detached.reason == "Detached":
+            self._health.not_ready = ""
             return
         await detach(self._around, self._health, config, session)
         self._session = None
