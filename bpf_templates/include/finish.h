@@ -92,8 +92,10 @@ static __always_inline int store_flow(struct __sk_buff *skb, const struct flow *
     __u64 now = bpf_ktime_get_coarse_ns();
     struct ct_key key;
     forward_entry(flow, now, entry);
-    if (!reserve_reply_key(flow, entry, &key)) // judged and passed, but not remembered
+    if (!reserve_reply_key(flow, entry, &key)) { // judged and passed, but not remembered
+        set_differences(entry, &p->key);
         return flow->hook == HOOK_TO_POD ? 0 : -1;
+    }
     {
         struct ct reply = {};
         reply_entry(flow, now, &reply);

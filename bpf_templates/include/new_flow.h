@@ -241,6 +241,26 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
     return judge(skb, flow, POLICY_SLOT_ALLOW, POLICY_SLOT_ALLOW);
 }
 
+// A UDP server of the node that listens on every address answers from the address its route to the
+// pod prefers (the pods' gateway), not from the one the service's packet was sent to.
+static __always_inline void answer_as_asked(struct flow *flow) {
+    struct settings *node = node_settings();
+    struct ct_key key;
+    if (!node || flow->proto != IPPROTO_UDP)
+        return;
+    __builtin_memcpy(&key, flow, sizeof(key));
+#if FAMILY == 4
+    __builtin_memcpy(&key.src, node->node4, sizeof(addr_t));
+#else
+    __builtin_memcpy(&key.src, node->node6, sizeof(addr_t));
+#endif
+    struct ct *asked = ct.lookup(&key);
+    if (!asked || !(asked->flags & CT_REPLY) || !(asked->flags & CT_NAT))
+        return;
+    flow->new_src = asked->new_src;
+    flow->new_sport = asked->new_sport;
+}
+
 // Through the stack to a pod: from the node itself always (whichever of its addresses it uses, the
 // pods' gateway for one), from elsewhere if its policy allows.
 static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow) {
@@ -248,8 +268,10 @@ static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow)
     __u32 ingress_slot = target ? target->ingress_slot : POLICY_SLOT_ALLOW;
     flow->action = ACT_STACK;
     flow->reply_action = ACT_STACK;
-    if (!skb->ingress_ifindex)
+    if (!skb->ingress_ifindex) {
         ingress_slot = POLICY_SLOT_ALLOW;
+        answer_as_asked(flow);
+    }
     return judge(skb, flow, POLICY_SLOT_ALLOW, ingress_slot);
 }
 
