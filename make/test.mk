@@ -22,4 +22,4 @@ demo: packages venv kbuild tools image cluster ## bring up a cluster, take it ov
 	PYTHONPATH=tests $(PY) -m cluster.demo
 
 cluster-test: packages venv kbuild tools image cluster ## the dataplane on a real cluster (root)
-	$(PYTEST) tests/cluster -q -x -p no:cacheprovider --junitxml=$(RESULTS)/cluster.xml
+	$(PYTEST) tests/cluster -q -p no:cacheprovider --durations=15 --junitxml=$(RESULTS)/cluster.xml
