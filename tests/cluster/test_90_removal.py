@@ -19,8 +19,7 @@ TRACES = (
     " ip -o link | grep bpfdp;"
     " for l in $(ls /sys/class/net); do tc filter show dev $l ingress;"
     " tc filter show dev $l egress; done 2>/dev/null | grep -E 'from_|to_';"
-    " nft list ruleset 2>/dev/null | grep bpfdp;"
-    " ls /var/lib/bpfdp/failed 2>/dev/null"
+    " nft list ruleset 2>/dev/null | grep bpfdp"
 )
 
 
