@@ -380,3 +380,15 @@ def test_a_reply_too_big_for_the_tunnel_is_answered(a: Node, cast: Addresses) ->
     answer = a.from_pod(reply, "podx")
     assert (answer.frame.dst, answer.frame.icmp[2]) == (cast.pod_x, limit)
     assert read_network(answer.frame.payload).src == cast.pod_x
+
+
+def test_a_node_server_that_answers_from_the_pods_gateway(a: Node, cast: Addresses) -> None:
+    """It listens on every address, and the route to the pod prefers another than was asked."""
+    a.service([(cast.service, 53)], [(cast.node_a, 5353, None)], proto=UDP)
+    out = a.from_pod(Frame(cast.pod_x, cast.service, UDP, dport=53), "podx")
+    answer = out.frame.reply(src=cast.gateway)
+    back = a.to_pod(answer, "podx", ingress=None)
+    assert (back.verdict, back.frame.src, back.frame.sport) == ("STACK", cast.service, 53)
+    assert back.frame.valid
+    elsewhere = a.to_pod(answer, "podx", ingress="data0")
+    assert elsewhere.frame.src == cast.gateway
