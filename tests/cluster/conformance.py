@@ -67,7 +67,7 @@ def run(bed: Testbed, name: str, suite: Suite, focus: str) -> int:
 
 def summarise(name: str, nodes: int) -> None:
     """The JUnit report as the project's result lines; the names of what failed to stdout."""
-    cases = ElementTree.parse(RESULTS / f"conformance-{name}.xml").iter("testcase")  # noqa: S314
+    cases = ElementTree.parse(RESULTS / f"conformance-{name}.xml").iter("testcase")
     ran = [c for c in cases if c.find("skipped") is None and "[sig-" in c.get("name", "")]
     failed = [c for c in ran if c.find("failure") is not None or c.find("error") is not None]
     conditions = f"Kubernetes 1.36.3, {nodes} nodes, {PROCESSES} processes"
