@@ -198,6 +198,11 @@ class PolicyPrograms:
         gone = [held.spec.key for held in doomed if held.spec is not None]
         return [key for key in gone if key not in self._asked]  # else loaded anew meanwhile
 
+    @property
+    def slots(self) -> frozenset[int]:
+        """The slots that have a program, adopted ones too."""
+        return frozenset(held.version.slot for held in self._held.values())
+
     def policies_in(self, slot: int) -> tuple[str, ...]:
         """The policies (namespace/name) a slot's program was made from, as far as known."""
         specs = (held.spec for held in self._held.values() if held.version.slot == slot)

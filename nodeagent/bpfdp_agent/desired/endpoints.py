@@ -10,7 +10,7 @@ from bpfdp_agent.model.addresses import family_of
 from bpfdp_agent.model.pods import pod_addresses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from bpfdp_agent.model.cluster import ClusterView
     from bpfdp_agent.model.pods import PodLink
@@ -77,3 +77,22 @@ def slots_while_unknown(
 
 def _agreed(slots: set[int]) -> int:
     return next(iter(slots)) if len(slots) == 1 else POLICY_SLOT_DENY
+
+
+def slots_by_pod(
+    view: ClusterView,
+    family: int,
+    entries: Mapping[bytes, bytes],
+    exists: Callable[[int], bool],
+) -> dict[str, PolicySlots]:
+    """`endpoint_entries` read backwards: the slots of this node's pods by uid.
+
+    An entry whose interface (by ifindex, which is not used again) is gone was another pod's.
+    """
+    found = {}
+    for key, value in entries.items():
+        pod = view.pod_at(ADDRESS_KEY.unpack(family, key)["addr"])
+        entry = ENDPOINT.unpack(family, value)
+        if pod and pod.spec.node_name == view.nodes.own and exists(entry["ifindex"]):
+            found[pod.metadata.uid] = PolicySlots(entry["ingress_slot"], entry["egress_slot"])
+    return found

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """NetworkPolicies: which program judges each pod of this node, and what programs know of peers.
 
-A pod keeps the last good program of a direction until a new one is loaded and filled, and is
-denied everything where there is none: what a policy isolates never fails open.
+A pod keeps what it has in a direction until a new program is loaded and filled. Where one cannot
+be, it keeps the last good program, or is denied everything: what a policy isolates does not stay
+open. A new pod is denied from the start until its program is there.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import msgspec
 
 from bpfdp_agent.bpf.errors import BpfError
 from bpfdp_agent.dataplane.policies import PolicyNotLoaded, PolicyPrograms, Wanted
-from bpfdp_agent.desired.endpoints import PolicySlots
+from bpfdp_agent.desired.endpoints import PolicySlots, slots_by_pod
 from bpfdp_agent.desired.policy import PolicyRefused, PolicyRules, normal_rules, read_policy
 from bpfdp_agent.desired.policyprogram import Membership, Program, program_of
-from bpfdp_agent.layouts import POLICY_SLOT_ALLOW, POLICY_SLOT_DENY
+from bpfdp_agent.layouts import FAMILIES, POLICY_SLOT_ALLOW, POLICY_SLOT_DENY
 from bpfdp_agent.model.pods import named_ports
 from bpfdp_agent.model.policies import Direction, PolicyIndex
+from bpfdp_agent.reconcile.hooks import exists
 from bpfdp_agent.reconcile.surroundings import reason_of
 from bpfdp_agent.serve.events import ref_of
 from bpfdp_agent.watch.wire import Kind, ObjectKey, Pod
@@ -58,6 +60,7 @@ class PolicySync:
     def __init__(self, around: Surroundings, kernel: Kernel, changed: Callable[[], None]) -> None:
         self._around = around
         self._changed = changed
+        self._maps = kernel.maps
         self._programs = PolicyPrograms(kernel.compiler, kernel.renderer, kernel.maps, kernel.pins)
         self._index = PolicyIndex()
         self._membership = Membership()
@@ -113,7 +116,7 @@ class PolicySync:
     def _meet(self, pod: Pod) -> None:
         self._index.set_pod(pod.key, pod.metadata.labels)
         self._judges[pod.key] = {d: self._judge(pod, d) for d in Direction}
-        self._settle(pod)
+        self._settle(pod, loading=True)
 
     def _judge(self, pod: Pod, direction: Direction) -> Judge:
         selecting = self._index.selecting(pod.key, direction)
@@ -129,20 +132,25 @@ class PolicySync:
         except PolicyRefused as error:
             return Judge(POLICY_SLOT_DENY, refused=error)
 
-    def _settle(self, pod: Pod) -> None:
-        """The pod's slots from its judges: known, loaded, the last good one, or deny."""
-        last = self._slots.get(pod.metadata.uid)
-        judges = self._judges[pod.key]
+    def _settle(self, pod: Pod, *, loading: bool = False) -> None:
+        """The pod's slots from its judges; `loading` says that its programs are still to come."""
+        last = self._slots.get(pod.metadata.uid, PolicySlots(POLICY_SLOT_DENY, POLICY_SLOT_DENY))
+        judges = self._judges.get(pod.key)
+        if judges is None:  # gone while its programs were loaded
+            return
         self._slots[pod.metadata.uid] = PolicySlots(
-            self._slot(judges[Direction.INGRESS], last.ingress if last else POLICY_SLOT_DENY),
-            self._slot(judges[Direction.EGRESS], last.egress if last else POLICY_SLOT_DENY),
+            self._slot(judges[Direction.INGRESS], last.ingress, loading=loading),
+            self._slot(judges[Direction.EGRESS], last.egress, loading=loading),
         )
 
-    def _slot(self, judge: Judge, last: int) -> int:
+    def _slot(self, judge: Judge, last: int, *, loading: bool) -> int:
+        """The slot that is known or loaded; else the last one, open only as long as we load."""
         if judge.program is None and judge.refused is None:
             return judge.slot
         loaded = self._loaded.get(judge.program.spec.key) if judge.program else None
-        return loaded or last or POLICY_SLOT_DENY
+        if loaded is None and last == POLICY_SLOT_ALLOW and not (loading and judge.program):
+            return POLICY_SLOT_DENY
+        return last if loaded is None else loaded
 
     # -- the round ------------------------------------------------------------------------
 
@@ -162,8 +170,9 @@ class PolicySync:
         except BaseException:
             self._dirty |= dirty
             raise
-        for pod in pods:
-            self._settle(pod)
+        finally:
+            for pod in pods:
+                self._settle(pod)
         self._follow_trouble()
         self._publish()
         self.started = True
@@ -181,6 +190,18 @@ class PolicySync:
             await self._programs.open()
         except BpfError as error:
             log.error("policies: %s", error)
+        self._slots = self._slots_left()
+
+    def _slots_left(self) -> dict[str, PolicySlots]:
+        """What judged each pod under an earlier agent, where that program was adopted."""
+        view, held = self._around.view, self._programs.slots
+        left: dict[str, PolicySlots] = {}
+        for family in FAMILIES:
+            left |= slots_by_pod(view, family, self._maps.read("endpoints", family), exists)
+        return {
+            uid: PolicySlots(*(slot if slot in held else POLICY_SLOT_DENY for slot in slots))
+            for uid, slots in left.items()
+        }
 
     def _take_changes(self) -> None:
         """Policies into the index; which pods and namespaces to look at goes to the dirty sets."""
@@ -252,7 +273,7 @@ class PolicySync:
             else:
                 self._loaded[key] = result
         for pod in pods:
-            if any(self._is_missing(j) for j in self._judges[pod.key].values()):
+            if any(self._is_missing(j) for j in self._judges.get(pod.key, {}).values()):
                 self._dirty.add(pod.key)
 
     def _is_missing(self, judge: Judge) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import msgspec
@@ -12,7 +13,7 @@ from bpfdp_agent.bpf.errors import CompileFailed
 from bpfdp_agent.dataplane.policies import PolicyNotLoaded
 from bpfdp_agent.desired.endpoints import PolicySlots
 from bpfdp_agent.desired.identities import identity_of
-from bpfdp_agent.layouts import POLICY_SLOT_ALLOW, POLICY_SLOT_DENY
+from bpfdp_agent.layouts import ADDRESS_KEY, ENDPOINT, POLICY_SLOT_ALLOW, POLICY_SLOT_DENY
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile import policies
 from bpfdp_agent.reconcile.policies import NEEDS, PolicySync
@@ -27,25 +28,32 @@ class FakePrograms:
     """Slots from 2 on; `broken` makes every new program fail."""
 
     def __init__(self, *_: object) -> None:
-        self.slots: dict[str, int] = {}
+        self.loaded: dict[str, int] = {}
+        self.adopted: set[int] = set()
         self.content: dict[str, dict[int, bytes]] = {}
         self.broken = False
         self.freed: list[set[int]] = []
+        self.compiling = lambda: None
 
     async def open(self):
         pass
 
+    @property
+    def slots(self):
+        return self.adopted | set(self.loaded.values())
+
     async def ensure_all(self, wanted):
         results = {}
+        self.compiling()
         for each in wanted:
             key = each.spec.key
-            if key not in self.slots and self.broken:
+            if key not in self.loaded and self.broken:
                 results[key] = PolicyNotLoaded(each.spec, CompileFailed("policy", "error: no"))
                 continue
-            if key not in self.slots:
-                self.slots[key] = 2 + len(self.slots)
+            if key not in self.loaded:
+                self.loaded[key] = 2 + len(self.loaded)
                 self.content[key] = dict(each.values())
-            results[key] = self.slots[key]
+            results[key] = self.loaded[key]
         return results
 
     async def write(self, changes):
@@ -57,15 +65,16 @@ class FakePrograms:
 
     async def free(self, in_use):
         self.freed.append(set(in_use))
-        gone = [key for key, slot in self.slots.items() if slot not in in_use]
+        gone = [key for key, slot in self.loaded.items() if slot not in in_use]
         for key in gone:
-            del self.slots[key]
+            del self.loaded[key]
         return gone
 
 
 class Bench:
     def __init__(self, monkeypatch) -> None:
         monkeypatch.setattr(policies, "PolicyPrograms", FakePrograms)
+        monkeypatch.setattr(policies, "exists", lambda ifindex: ifindex < 100)
         self.view = ClusterView("node1")
         self.told: list[tuple[str, str]] = []
         self.status = NodeStatus("1", "6.18")
@@ -80,7 +89,9 @@ class Bench:
             proxy=None,
             proxy_servers=None,
         )
-        kernel = SimpleNamespace(compiler=None, renderer=None, maps=None, pins=None)
+        self.endpoints: dict[bytes, bytes] = {}
+        maps = SimpleNamespace(read=lambda _, family: self.endpoints if family == 4 else {})
+        kernel = SimpleNamespace(compiler=None, renderer=None, maps=maps, pins=None)
         self.sync = PolicySync(around, kernel, lambda: None)
         self.programs: FakePrograms = self.sync._programs
         for kind in NEEDS:
@@ -95,6 +106,12 @@ class Bench:
         for event in events:
             self.view.apply(event)
         self.sync.changed(self.view.take_changes())
+
+    def leave_endpoint(self, last: int, slot: int, ifindex: int = 7) -> None:
+        """What an earlier agent wrote for the pod 10.0.0.`last`, and the program it loaded."""
+        key = ADDRESS_KEY.pack(4, addr=bytes([10, 0, 0, last]))
+        self.endpoints[key] = ENDPOINT.pack(4, ifindex=ifindex, ingress_slot=slot)
+        self.programs.adopted.add(slot)
 
     async def identities(self, *names: str) -> None:
         found = [identity_of(self.view.pods[ObjectKey("ns", n)]) for n in names]
@@ -181,6 +198,49 @@ async def test_a_program_that_does_not_load_leaves_the_last_good_one(bench):
     assert bench.slots().ingress == 2
 
 
+@pytest.mark.parametrize(
+    "spec", [allow("client"), {"ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/99"}}]}]}]
+)
+async def test_after_a_restart_a_pod_keeps_the_program_it_had(bench, spec):
+    await bench.identities("client")
+    bench.programs.broken = True
+    bench.leave_endpoint(1, 9)
+    bench.give(policy(**spec))
+    with contextlib.suppress(PolicyNotLoaded):
+        await bench.sync.reconcile()
+    assert bench.slots() == PolicySlots(9, POLICY_SLOT_ALLOW)
+
+
+@pytest.mark.parametrize(
+    ("ifindex", "adopted"), [(100, True), (7, False)], ids=["another pod's", "not adopted"]
+)
+async def test_after_a_restart_nothing_else_is_taken_for_the_last_program(bench, ifindex, adopted):
+    await bench.identities("client")
+    bench.programs.broken = True
+    bench.leave_endpoint(1, 9, ifindex)
+    if not adopted:
+        bench.programs.adopted.clear()
+    bench.give(policy(**allow("client")))
+    with pytest.raises(PolicyNotLoaded):
+        await bench.sync.reconcile()
+    assert bench.slots().ingress == POLICY_SLOT_DENY
+
+
+async def test_a_pod_keeps_what_it_has_while_its_program_compiles(bench):
+    await bench.identities("client")
+    await bench.sync.reconcile()
+    bench.give(policy(**allow("client")))
+    meanwhile = []
+    bench.programs.compiling = lambda: meanwhile.append(bench.slots().ingress)
+    await bench.sync.reconcile()
+    bench.give(added(pod("new", ("10.0.0.9",), labels={"app": "fresh"})))
+    bench.give(policy("q", "fresh", **allow("client", 81)))
+    bench.programs.compiling = lambda: meanwhile.append(bench.slots("new").ingress)
+    await bench.sync.reconcile()
+    assert meanwhile == [POLICY_SLOT_ALLOW, POLICY_SLOT_DENY]
+    assert (bench.slots().ingress, bench.slots("new").ingress) == (2, 3)
+
+
 async def test_a_policy_that_cannot_be_enforced_is_named_and_fails_closed(bench):
     await bench.identities("client")
     bad = {"ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/99"}}]}]}
@@ -231,5 +291,5 @@ async def test_slots_in_use_are_not_freed(bench):
     bench.give(Deleted(Kind.NETWORK_POLICY, ObjectKey("ns", "p")))
     await bench.sync.reconcile()
     await asyncio.sleep(6)
-    assert bench.programs.slots == {}
+    assert bench.programs.loaded == {}
     task.cancel()
