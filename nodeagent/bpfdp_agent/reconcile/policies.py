@@ -102,7 +102,13 @@ class PolicySync:
             return operations
 
     async def _write(self, deltas: Deltas) -> int:
-        return await self._programs.write(deltas) if deltas else 0
+        if not deltas:
+            return 0
+        try:
+            return await self._programs.write(deltas)
+        except PolicyNotLoaded as error:
+            self._tell(error)
+            raise
 
     # -- slots, for PodSync ---------------------------------------------------------------
 
@@ -270,6 +276,7 @@ class PolicySync:
         for key, result in results.items():
             if isinstance(result, PolicyNotLoaded):
                 self.failing = result
+                self._tell(result)
             else:
                 self._loaded[key] = result
         for pod in pods:
@@ -313,6 +320,12 @@ class PolicySync:
                     " or are denied.",
                 )
         self._troubled = now
+
+    def _tell(self, error: PolicyNotLoaded) -> None:
+        """An Event on each policy whose program is not as it should be."""
+        for policy in error.policies:
+            ref = ref_of(Kind.NETWORK_POLICY, ObjectKey(*policy.split("/", 1)))
+            self._around.events.warning(ref, reason_of(error), str(error))
 
     def _publish(self) -> None:
         selecting = {

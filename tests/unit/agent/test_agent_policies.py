@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from bpfdp_agent.bpf.errors import CompileFailed
+from bpfdp_agent.bpf.errors import CompileFailed, MapFull
 from bpfdp_agent.dataplane.policies import PolicyNotLoaded
 from bpfdp_agent.desired.endpoints import PolicySlots
 from bpfdp_agent.desired.identities import identity_of
@@ -32,6 +32,8 @@ class FakePrograms:
         self.adopted: set[int] = set()
         self.content: dict[str, dict[int, bytes]] = {}
         self.broken = False
+        self.full: MapFull | None = None
+        self.specs = {}
         self.freed: list[set[int]] = []
         self.compiling = lambda: None
 
@@ -47,6 +49,7 @@ class FakePrograms:
         self.compiling()
         for each in wanted:
             key = each.spec.key
+            self.specs[key] = each.spec
             if key not in self.loaded and self.broken:
                 results[key] = PolicyNotLoaded(each.spec, CompileFailed("policy", "error: no"))
                 continue
@@ -57,6 +60,8 @@ class FakePrograms:
         return results
 
     async def write(self, changes):
+        if self.full:
+            raise PolicyNotLoaded(self.specs[next(iter(changes))], self.full)
         for key, values in changes.items():
             table = self.content.get(key)
             if table is not None:
@@ -182,9 +187,22 @@ async def test_a_program_that_does_not_load_denies_what_was_open_and_is_tried_ag
         await bench.sync.reconcile()
     assert bench.slots().ingress == POLICY_SLOT_DENY
     assert bench.status.get("PoliciesSynced").reason == "TemplateError"
+    assert bench.told == [("NetworkPolicy ns/p", "TemplateError")]
     bench.programs.broken = False
     await bench.sync.reconcile()
     assert bench.slots().ingress == 2
+
+
+async def test_a_full_map_is_told_of_on_each_policy_of_the_program(bench):
+    await bench.identities("client")
+    bench.give(policy("p", **allow("client")), policy("q", **allow("client", 81)))
+    await bench.sync.reconcile()
+    bench.programs.full = MapFull("peers", 64)
+    with pytest.raises(PolicyNotLoaded):
+        await bench.sync.add_identities(
+            {5: identity_of(bench.view.pods[ObjectKey("ns", "client")])}
+        )
+    assert bench.told == [("NetworkPolicy ns/p", "MapFull"), ("NetworkPolicy ns/q", "MapFull")]
 
 
 async def test_a_program_that_does_not_load_leaves_the_last_good_one(bench):
