@@ -231,11 +231,14 @@ def _replaced(config: Config, plan: Plan) -> Verdict:
 
 
 def _cleared(plan: Plan) -> Verdict:
-    dirty = [n.name for n in plan.survey.served if n.attached and not n.cleared]
+    served = [n for n in plan.survey.served if n.attached]
+    dirty = [n.name for n in served if not n.cleared and not n.keeps_kube_proxy]
     if dirty:
         text = f"kube-proxy is gone; clearing its rules on {name_list(dirty)}."
         return Verdict("False", Reason.NOT_CLEARED, text)
-    return Verdict("True", Reason.KUBE_PROXY_REMOVED, "kube-proxy and its rules are gone.")
+    kept = [n.name for n in served if n.keeps_kube_proxy]
+    where = f", except on {name_list(kept)}, by label" if kept else ""
+    return Verdict("True", Reason.KUBE_PROXY_REMOVED, f"kube-proxy and its rules are gone{where}.")
 
 
 def _api_server(plan: Plan) -> Verdict:

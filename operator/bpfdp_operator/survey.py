@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from bpfdp_operator import kubeproxy
 from bpfdp_operator.reasons import Reason
 from bpfdp_operator.world import condition_of, is_true
 
@@ -38,6 +39,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     detached: bool = False
     synced: bool = False
     cleared: bool = False
+    keeps_kube_proxy: bool = False
     down_seconds: float = 0.0
     error_reason: Reason | None = None
     error_message: str = ""
@@ -162,6 +164,7 @@ def _view(
         and attached.reason == Reason.DETACHED,
         synced=is_true(conditions, "ServicesSynced") and is_true(conditions, "PoliciesSynced"),
         cleared=is_true(conditions, "KubeProxyRulesCleared"),
+        keeps_kube_proxy=node is not None and kubeproxy.keeps(node),
         down_seconds=down_seconds,
         error_reason=error[0] if error else None,
         error_message=error[1] if error else "",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bpfdp_agent.watch.wire import Node
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
+KUBE_PROXY_LABEL = "bpfdataplane.io/kube-proxy"
+"""kube-proxy stays on nodes where this is "true"."""
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
@@ -28,6 +30,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     addresses: tuple[bytes, ...]
     tunnel: bytes
     zone: str
+    keeps_kube_proxy: bool = False
 
 
 def node_info(node: Node) -> NodeInfo:
@@ -46,6 +49,7 @@ def node_info(node: Node) -> NodeInfo:
         addresses=tuple(dict.fromkeys(internal + known["ExternalIP"])),
         tunnel=mapped(internal[0]) if internal else b"",
         zone=node.metadata.labels.get(ZONE_LABEL, ""),
+        keeps_kube_proxy=node.metadata.labels.get(KUBE_PROXY_LABEL) == "true",
     )
 
 
@@ -95,6 +99,12 @@ class NodeIndex:
         """This node's zone; empty when it has none."""
         own = self._nodes.get(self.own)
         return own.zone if own else ""
+
+    @property
+    def keeps_kube_proxy(self) -> bool:
+        """Whether kube-proxy stays on this node when it leaves the others."""
+        own = self._nodes.get(self.own)
+        return own is not None and own.keeps_kube_proxy
 
     def __iter__(self) -> Iterator[NodeInfo]:
         return iter(self._nodes.values())

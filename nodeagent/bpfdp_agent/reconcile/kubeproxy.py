@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kube-proxy's leavings: its rules are cleared once the operator says that it is gone.
 
-In every other state its rules are its own. Its health ports are served while it is away.
+In every other state, and on a node that keeps it by label, its rules are its own. Its health ports
+are served while it is away.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.dataplane import kubeproxy_rules
+from bpfdp_agent.model.nodes import KUBE_PROXY_LABEL
+from bpfdp_agent.watch.wire import Kind
 
 if TYPE_CHECKING:
     from bpfdp_agent.config import Config
@@ -24,7 +27,7 @@ SETTLE_LIMIT = 90.0
 
 
 class KubeProxySync:
-    """Follows `status.kubeProxy.state`."""
+    """Follows `status.kubeProxy.state` and this node's label."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
@@ -36,22 +39,21 @@ class KubeProxySync:
         self._config = config
         servers = self._around.proxy_servers
         servers.healthz_port = config.healthz_port
-        servers.active = config.kube_proxy_state in AWAY
+        servers.active = config.kube_proxy_state in AWAY and not self._kept
         servers.wake.set()
+
+    @property
+    def _kept(self) -> bool:
+        return self._around.view.nodes.keeps_kube_proxy
 
     async def reconcile(self) -> int:
         """Clear its rules when it is gone; 0 map operations."""
         config = self._config
-        if config is None:
+        if config is None or not self._around.view.synced(Kind.NODE):
             return 0
-        if not config.kube_proxy_removed:
-            self._cleared = False
-            self._around.status.condition(
-                "KubeProxyRulesCleared",
-                False,
-                "NotCleared",
-                f"kube-proxy is {config.kube_proxy_state or 'not looked at yet'}: its rules stay.",
-            )
+        self.configure(config)  # the label may have come or gone
+        if self._kept or not config.kube_proxy_removed:
+            self._leave(config)
             return 0
         if not self._cleared:
             found = await kubeproxy_rules.clear()
@@ -63,6 +65,15 @@ class KubeProxySync:
             "KubeProxyRulesCleared", True, "Cleared", "No rule of kube-proxy is left on the node."
         )
         return 0
+
+    def _leave(self, config: Config) -> None:
+        self._cleared = False
+        why = f"kube-proxy is {config.kube_proxy_state or 'not looked at yet'}"
+        if self._kept:
+            why = f"this node keeps kube-proxy by the label {KUBE_PROXY_LABEL}=true"
+        self._around.status.condition(
+            "KubeProxyRulesCleared", False, "NotCleared", f"{why}: its rules stay."
+        )
 
 
 async def wait_until_back(config: Config) -> None:

@@ -132,6 +132,8 @@ class Session:
             self._loops["services"].wake()
         if changes.nodes:
             self._loops["node"].wake()
+        if self._around.view.nodes.own in changes.nodes:
+            self._loops["kubeproxy"].wake()
         if changes.pods or changes.policies or changes.namespaces:
             self._policies.changed(changes)
             self._loops["policies"].wake()

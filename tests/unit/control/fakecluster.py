@@ -182,11 +182,10 @@ class FakeCluster:
         mode = self.config.status.agents.mode or "Attach"
         probed = each.report is not None
         each.attached = each.supported and mode == "Attach" and (probed or each.attached)
-        state = self.config.status.kube_proxy.state
+        kept = each.labels.get(w.KUBE_PROXY_LABEL) == "true"
+        cleared = self.config.status.kube_proxy.state == "Disabled" and not kept
         generation = self.config.metadata.generation
-        each.report = report(
-            each, generation, cleared=state == "Disabled", detached=mode == "Detach"
-        )
+        each.report = report(each, generation, cleared=cleared, detached=mode == "Detach")
         self.check()
 
     def settle(self, passes: int = 60) -> None:

@@ -151,6 +151,19 @@ def test_an_agent_being_replaced_is_no_problem_and_one_that_fell_is() -> None:
     assert fake.reason("Degraded") == "AgentNotReady"
 
 
+def test_a_node_that_keeps_kube_proxy_by_label_holds_nothing_up() -> None:
+    fake = cluster(FakeNode("a"), FakeNode("b", labels={w.KUBE_PROXY_LABEL: "true"}))
+    fake.settle()
+    assert fake.node("b").proxy_pod
+    assert fake.status("Available") == "True"
+    replaced = fake.found("KubeProxyReplaced")
+    assert replaced.status == "True"
+    assert replaced.message == "kube-proxy and its rules are gone, except on b, by label."
+    fake.edit(kube_proxy_management="Disabled")
+    fake.settle()
+    assert fake.node("b").labels, "a label that a person set stays"
+
+
 def test_names_are_cut_at_three() -> None:
     assert name_list(["b", "a"]) == "a, b"
     assert name_list("edcba") == "a, b, c and 2 more"
