@@ -31,9 +31,12 @@ OPERATOR_NAME = "bpfdp-operator"
 ESTABLISH_SECONDS = 60.0
 DEAD_SECONDS = 20.0
 """An operator without an available pod for this long does not count on coming back."""
-STALLED_SECONDS = 90.0
+STALLED_SECONDS = 60.0
 """An operator that changes nothing in the status for this long is taken for dead."""
-RESTORE_SECONDS = 270.0
+JOB_SECONDS = 220.0
+"""The restore Job's deadline where $BPFDP_RESTORE_SECONDS does not say: below Helm's --timeout."""
+JOB_MARGIN_SECONDS = 20.0
+"""Of those, what a pod needs to start, and to say why it did not finish before it is killed."""
 POLL_SECONDS = 2.0
 
 
@@ -95,18 +98,44 @@ async def create_default(spec_text: str) -> None:
                 return
 
 
+class _Seen(msgspec.Struct):
+    """The config's last known message, for when time is up."""
+
+    message: str = "the API server could not be read."
+
+
 async def restore(deployment: w.Deployment) -> None:
     """Delete the config and see it go; where the operator is dead, do the operator's work here.
 
     The work is the same plan, carried out by the same code, so it does not matter at which step the
-    operator died, nor whether it lives after all.
+    operator died, nor whether it lives after all. Raises HookError when time is up.
     """
-    deadline = time.monotonic() + RESTORE_SECONDS
+    seen = _Seen()
+    limit = asyncio.timeout(restore_seconds())
+    try:
+        async with limit:
+            await _restore(deployment, seen)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise HookError(_unfinished(seen)) from error
+
+
+def restore_seconds() -> float:
+    """How long `restore` may take in the Job that it runs in."""
+    text = os.environ.get("BPFDP_RESTORE_SECONDS", "")
+    try:
+        return float(text or JOB_SECONDS) - JOB_MARGIN_SECONDS
+    except ValueError:
+        raise HookError(f"BPFDP_RESTORE_SECONDS is {text!r}: set it to a number") from None
+
+
+async def _restore(deployment: w.Deployment, seen: _Seen) -> None:
     async with Connection() as connection:
         if await _delete_config(connection):
             log.info("there is no config: nothing to restore")
             return
-        if await _operator_does_it(connection, deployment):
+        if await _operator_does_it(connection, deployment, seen):
             log.info("the operator restored kube-proxy and let the config go")
             return
     log.warning("the operator makes no progress: restoring from this Job")
@@ -114,9 +143,11 @@ async def restore(deployment: w.Deployment) -> None:
     task = asyncio.create_task(reconciler.run())
     try:
         while not reconciler.config_gone:
-            if time.monotonic() > deadline or task.done():
-                raise HookError(_unfinished(reconciler))
+            if task.done():
+                raise HookError(_unfinished(seen))
             await asyncio.sleep(POLL_SECONDS / 4)
+            if config := reconciler.store.get(w.Config, w.CONFIG_NAME):
+                seen.message = config.status.message
     finally:
         task.cancel()
     log.info("kube-proxy is restored and the config is gone")
@@ -141,7 +172,7 @@ class _OperatorDeployment(msgspec.Struct):
     status: _DeploymentStatus = msgspec.field(default_factory=_DeploymentStatus)
 
 
-async def _operator_does_it(connection: Connection, deployment: w.Deployment) -> bool:
+async def _operator_does_it(connection: Connection, deployment: w.Deployment, seen: _Seen) -> bool:
     """Wait for the operator; False once it is dead or stalls."""
     path = f"/apis/apps/v1/namespaces/{deployment.namespace}/deployments/{OPERATOR_NAME}"
     seen_alive = seen_moving = time.monotonic()
@@ -150,6 +181,7 @@ async def _operator_does_it(connection: Connection, deployment: w.Deployment) ->
         config = await observe.find(connection, w.Config, f"{observe.CONFIGS}/{w.CONFIG_NAME}")
         if config is None:
             return True
+        seen.message = config.status.message
         now = time.monotonic()
         if config.metadata.resource_version != version:
             version, seen_moving = config.metadata.resource_version, now
@@ -162,10 +194,8 @@ async def _operator_does_it(connection: Connection, deployment: w.Deployment) ->
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _unfinished(reconciler: Reconciler) -> str:
-    config = reconciler.store.get(w.Config, w.CONFIG_NAME)
-    why = config.status.message if config else "the API server could not be read"
+def _unfinished(seen: _Seen) -> str:
     return (
-        f"not finished in time: {why} When that is mended, run helm uninstall again; "
+        f"not finished in time: {seen.message} When that is mended, run helm uninstall again; "
         "--no-hooks skips this Job and leaves kube-proxy as it is."
     )

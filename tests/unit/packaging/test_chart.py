@@ -186,6 +186,14 @@ def test_hooks_run_when_they_must(helm: Any) -> None:
         assert policy == "before-hook-creation,hook-succeeded"
 
 
+def test_the_restore_hook_knows_its_deadline(helm: Any) -> None:
+    for sets, seconds in (((), 220), (("hooks.restoreTimeoutSeconds=600",), 600)):
+        spec = by_name(helm.objects(*sets), "Job")["bpfdp-hook-restore"]["spec"]
+        (container,) = spec["template"]["spec"]["containers"]
+        assert spec["activeDeadlineSeconds"] == seconds
+        assert {"name": "BPFDP_RESTORE_SECONDS", "value": str(seconds)} in container["env"]
+
+
 def test_default_config_reaches_the_hook(helm: Any) -> None:
     def spec(*sets: str) -> Any:
         (container,) = pods(helm.objects(*sets))["bpfdp-hook-default"]["containers"]
