@@ -72,7 +72,7 @@ def agent() -> None:
 def doctor(output: str) -> None:
     """Try every kernel feature the dataplane uses; says what to do about a missing one.
 
-    Exits with 1 when a required feature is missing.
+    Exits with 1 when a required feature is missing, or could not be tried for want of privilege.
     """
     from bpfdp_agent.bpf import features  # noqa: PLC0415
 
@@ -81,7 +81,7 @@ def doctor(output: str) -> None:
         (
             f.name,
             "required" if f.required else "optional",
-            "yes" if f.supported else "NO",
+            "yes" if f.supported else "?" if f.denied else "NO",
             f.message,
         )
         for f in found
@@ -89,6 +89,10 @@ def doctor(output: str) -> None:
     show(output, ["Feature", "Need", "Works", "What to do"], rows)
     missing = features.missing_required(found)
     if missing:
+        if any(f.denied for f in missing):
+            raise click.ClickException(
+                f"not permitted to try what this kernel has: {features.PRIVILEGE_REMEDY}"
+            )
         names = ", ".join(f.name for f in missing)
         click.echo(f"This node cannot run the dataplane: {names}.", err=True)
         sys.exit(1)

@@ -9,6 +9,7 @@ for tests of what happens then.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAKE_MISSING = "BPFDP_FAKE_MISSING_FEATURES"
+PRIVILEGE_REMEDY = "run as root (or with CAP_BPF, CAP_NET_ADMIN)"
 
 _TC_NEXT = -1
 _CGROUP_ALLOW = 1
@@ -39,12 +41,16 @@ class Missing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One probed feature; `message` says what to do when it is not supported, else is empty."""
+    """One probed feature; `message` says what to do when it is not supported, else is empty.
+
+    `denied`: we lack the privilege to try it, which says nothing of the kernel.
+    """
 
     name: str
     required: bool
     supported: bool
     message: str = ""
+    denied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +85,17 @@ def _try(each: Probe, missing: frozenset[str]) -> Feature:
     try:
         each.attempt()
     except (Missing, BpfError, OSError, pyroute2.NetlinkError) as error:
-        message = f"{error}; {each.remedy}"
-        return Feature(each.name, each.required, supported=False, message=message)
+        denied = _is_denial(error)
+        message = f"{error}; {PRIVILEGE_REMEDY if denied else each.remedy}"
+        return Feature(each.name, each.required, supported=False, message=message, denied=denied)
     return Feature(each.name, each.required, supported=True)
+
+
+def _is_denial(error: Exception) -> bool:
+    """Whether it is for want of privilege. EACCES of bpf(2) is the verifier's verdict."""
+    if isinstance(error, pyroute2.NetlinkError):
+        return bool(error.code == errno.EPERM)
+    return isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EPERM
 
 
 @contextlib.contextmanager

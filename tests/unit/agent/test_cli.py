@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import errno
+
 import msgspec
 import pytest
 from bpfdp_agent import cli, layouts, readout
+from bpfdp_agent.bpf import features
+from bpfdp_agent.bpf.errors import ProgramRejected, SyscallFailed
 from bpfdp_agent.cli import main
 from bpfdp_agent.layouts import BACKEND, FRONTEND, FRONTEND_KEY, INDEX, SLOT_KEY, U32
 from click.testing import CliRunner
+from pyroute2 import NetlinkError
 
 READING = ["status", "maps", "services", "ct", "endpoints", "policy", "counters"]
 
@@ -28,6 +33,39 @@ def test_a_node_without_the_dataplane_is_told_so(command, monkeypatch):
     result = CliRunner().invoke(main, [command])
     assert result.exit_code == 1
     assert "not attached on this node" in result.output
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SyscallFailed("bpf PROG_LOAD", errno.EPERM),
+        PermissionError(errno.EACCES, "cgroup"),
+        NetlinkError(errno.EPERM),
+    ],
+)
+def test_doctor_without_privilege_does_not_blame_the_kernel(monkeypatch, error):
+    def attempt():
+        raise error
+
+    probe = features.Probe("sched_cls", True, "use a newer kernel", attempt)
+    monkeypatch.setattr(features, "FEATURES", (probe,))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert result.output.count("run as root (or with CAP_BPF, CAP_NET_ADMIN)") == 2
+    assert "newer kernel" not in result.output
+    assert "cannot run the dataplane" not in result.output
+
+
+def test_doctor_names_what_the_kernel_lacks(monkeypatch):
+    def attempt():
+        raise ProgramRejected("probe", errno.EACCES, "unknown func")
+
+    probe = features.Probe("sched_cls", True, "use a newer kernel", attempt)
+    monkeypatch.setattr(features, "FEATURES", (probe,))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "use a newer kernel" in result.output
+    assert "This node cannot run the dataplane: sched_cls." in result.output
 
 
 def test_an_agent_without_its_environment_says_what_is_missing(monkeypatch):
