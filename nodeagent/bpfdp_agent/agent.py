@@ -240,8 +240,11 @@ class Agent:
         if session is None and detached and detached.reason == "Detached":
             self._health.not_ready = ""
             return
-        await detach(self._around, self._health, config, session)
-        self._session = None
+        try:
+            await detach(self._around, self._health, config, session)
+        finally:
+            if session is not None and session.stopped:
+                self._session = None  # also where cleaning failed: Attach needs a new one
 
     async def _end_session(self) -> None:
         if self._session is not None:

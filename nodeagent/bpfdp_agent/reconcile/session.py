@@ -62,6 +62,7 @@ class Session:
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: dict[str, Loop] = {}
+        self.stopped = False
         maps = self._kernel.maps
         self._connections = Connections(around, maps)
         self._services = ServiceSync(around, maps, self._connections, self._settled)
@@ -180,7 +181,8 @@ class Session:
     # -- the end --------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """End the loops; the kernel keeps everything."""
+        """End the loops; the kernel keeps everything. A stopped session does not start again."""
+        self.stopped = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
