@@ -92,7 +92,8 @@ class HookSync:
         wanted = self.wanted()
         failed = await self._attach_all(attacher, wanted, there)
         await self._detach_devices(attacher, wanted, list(there.values()))
-        await attacher.remove_other_kind()
+        if not failed:  # where it could not be attached in this way, the other must go on
+            await attacher.remove_other_kind()
         self._attach_cgroup(attacher)
         self._publish(kind, wanted, failed)
         if failed:
