@@ -50,7 +50,9 @@ class ServiceSync:
         self._dirty: set[ObjectKey] = set()
         self._started = False
         self.complete = False
+        self._begun: set[int] = set()
         self._interrupted: set[int] = set()
+        self._gone: dict[int, dict[bytes, bytes]] = {family: {} for family in FAMILIES}
         self._invalid: dict[tuple[ObjectKey, int], dict[ObjectRef, str]] = {}
         self._served: set[tuple[ObjectKey, int]] = set()
         self._health_checks: dict[ObjectKey, ServiceHealth] = {}
@@ -66,22 +68,40 @@ class ServiceSync:
             return 0
         dirty = self._take_dirty(view)
         operations = 0
+        failures: list[Exception] = []
         for family in FAMILIES:
-            views = {k: self._view_of(k, family) for k in dirty}
-            writes = self._changes(family, views)
-            gone = self._backends_to_go(family, writes)
-            operations += self._write(family, writes, dirty)
-            if gone:
-                await self._connections.forget_backends(family, gone)
-            self._follow(family, views)
-        self._started = True
-        self._publish()
+            try:
+                operations += self._reconcile_family(family, dirty)
+            except Exception as error:  # the other family goes on
+                failures.append(error)
+        if failures:
+            self._dirty |= dirty
+        else:
+            self._started = True
+            self._publish()
+        await self._forget_gone()
+        if failures:
+            raise failures[0]
         return operations
 
     def _take_dirty(self, view: ClusterView) -> set[ObjectKey]:
-        dirty = self._dirty if self._started else set(view.services)
-        self._dirty = set()
-        return dirty
+        dirty, self._dirty = self._dirty, set()
+        return dirty if self._started else dirty | set(view.services)
+
+    def _reconcile_family(self, family: int, dirty: set[ObjectKey]) -> int:
+        views = {k: self._view_of(k, family) for k in dirty}
+        writes = self._changes(family, views)
+        self._gone[family] |= self._backends_to_go(family, writes)
+        operations = self._write(family, writes, dirty)
+        self._follow(family, views)
+        return operations
+
+    async def _forget_gone(self) -> None:
+        """Cut flows loose from backends that went; after an error the next round does it again."""
+        for family in FAMILIES:
+            if self._gone[family] and family not in self._interrupted:
+                await self._connections.forget_backends(family, self._gone[family])
+                self._gone[family] = {}
 
     def _view_of(self, key: ObjectKey, family: int) -> ServiceView:
         view = self._around.view
@@ -89,8 +109,10 @@ class ServiceSync:
 
     def _changes(self, family: int, views: dict[ObjectKey, ServiceView]) -> Writes:
         tables = self._tables[family]
-        if not self._started and family not in self._interrupted:
-            return tables.start(self._actual(family), views)
+        if family not in self._begun:
+            actual = self._actual(family)
+            self._begun.add(family)
+            return tables.start(actual, views)
         writes = tables.update(views)
         return tables.resync(self._actual(family)) if family in self._interrupted else writes
 

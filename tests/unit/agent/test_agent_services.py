@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from bpfdp_agent.bpf.errors import MapFull
+from bpfdp_agent.bpf.errors import BpfError, MapFull
 from bpfdp_agent.layouts import FRONTEND, FRONTEND_KEY
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile.services import NEEDS, ServiceSync
@@ -19,18 +19,19 @@ from unit.agent.kube_objects import added, deleted, endpoint, endpoint_slice, no
 
 
 class FakeMaps:
-    """Maps as dicts; `full` names one that takes no more."""
+    """Maps as dicts; `full` names one that takes no more, in the families `full_in`."""
 
     def __init__(self) -> None:
         self.content: dict[tuple[str, int], dict[bytes, bytes]] = {}
         self.full = ""
+        self.full_in = (4, 6)
 
     def read(self, name, family):
         return dict(self.content.get((name, family), {}))
 
     def write(self, name, family, puts, deletes=()):
         table = self.content.setdefault((name, family), {})
-        if name == self.full and puts:
+        if name == self.full and family in self.full_in and puts:
             raise MapFull(f"{name}{family}", 1)
         table.update(puts)
         for key in deletes:
@@ -51,8 +52,11 @@ class FakeEvents:
 class FakeConnections:
     def __init__(self) -> None:
         self.forgotten: list[int] = []
+        self.failing = False
 
     async def forget_backends(self, family, gone):
+        if self.failing:
+            raise BpfError("no")
         self.forgotten += [family] * len(gone)
 
 
@@ -164,6 +168,59 @@ async def test_a_full_map_is_told_of_and_healed():
     await bench.sync.reconcile()
     assert bench.size("backends") == 2
     assert bench.status.is_true("ServicesSynced")
+
+
+def dual_stack():
+    four = endpoint_slice([endpoint("10.0.0.7")], "lb")
+    six = endpoint_slice([endpoint("fd00::1")], "lb", family=6)
+    found = service(
+        "lb",
+        ["10.96.1.9", "fd96::9"],
+        type="LoadBalancer",
+        externalTrafficPolicy="Local",
+        healthCheckNodePort=30999,
+    )
+    return added(found), added(four), added(six)
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_one_family_that_fails_leaves_the_other_whole(restarted):
+    bench = Bench()
+    if not restarted:
+        await bench.sync.reconcile()
+    bench.maps.full, bench.maps.full_in = "backends", (4,)
+    bench.give(*dual_stack(), *web(2))
+    with pytest.raises(MapFull):
+        await bench.sync.reconcile()
+    assert (bench.size("backends", 4), bench.size("backends", 6)) == (0, 1)
+    bench.give(deleted(service("web2", "10.96.1.2")))
+    bench.maps.full_in = (6,)
+    bench.give(added(endpoint_slice([endpoint("fd00::2")], "lb", family=6)))
+    with pytest.raises(MapFull):
+        await bench.sync.reconcile()
+    assert not bench.status.is_true("ServicesSynced")
+    bench.maps.full = ""
+    await bench.sync.reconcile()
+    assert [bench.size("backends", family) for family in (4, 6)] == [1, 1]
+    assert b"\xfd" + bytes(14) + b"\x02" in b"".join(bench.maps.read("backends", 6).values())
+    assert bench.size("frontends") == 2
+    assert 30999 in bench.proxy.services
+
+
+async def test_flows_that_could_not_be_cut_loose_are_next_time():
+    bench = Bench()
+    bench.give(*web())
+    await bench.sync.reconcile()
+    bench.connections.failing = True
+    bench.give(added(endpoint_slice([endpoint("10.0.1.1")], "web1")), *dual_stack())
+    with pytest.raises(BpfError):
+        await bench.sync.reconcile()
+    assert bench.size("backends", 6) == 1
+    assert 30999 in bench.proxy.services
+    bench.connections.failing = False
+    await bench.sync.reconcile()
+    await bench.sync.reconcile()
+    assert bench.connections.forgotten == [4]
 
 
 async def test_a_bad_endpoint_is_named_and_harms_nothing_else():
