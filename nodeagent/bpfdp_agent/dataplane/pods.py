@@ -96,7 +96,7 @@ def match(netns: str, inside: Sequence[Link], host: Mapping[int, Link]) -> list[
 
 
 def read_namespace(path: Path) -> list[Link] | None:
-    """Links of the namespace with their peer in this process's; None when it is gone or not one.
+    """Links of the namespace with their peer in this process's; None when it cannot be read.
 
     Without looking at the peer's namespace, two pairs with the same numbers could be confused.
     """
@@ -106,7 +106,7 @@ def read_namespace(path: Path) -> list[Link] | None:
         return None
     try:
         return in_netns(descriptor, _links_into_ours)
-    except (OSError, pyroute2.NetlinkError) as error:
+    except (OSError, pyroute2.NetlinkError, pyroute2.NetlinkDecodeError) as error:
         log.debug("namespace %s cannot be read: %s", path.name, error)
         return None
     finally:
@@ -184,17 +184,25 @@ class PodWatcher:
         return time.monotonic() - self._first_seen.get(name, float("-inf"))
 
     def _names(self) -> dict[str, int]:
-        """Entries of the directory with their inode: a reused name is another namespace."""
+        """Entries of the directory with their inode: a reused name is another namespace.
+
+        Raises DeviceFailed when it cannot be listed, which says nothing of the pods.
+        """
         found = {}
         try:
             entries = list(self._directory.iterdir())
-        except OSError:
+        except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise DeviceFailed(f"cannot list the network namespaces: {error}") from error
         for entry in entries:
             try:
                 found[entry.name] = entry.stat().st_ino
-            except OSError:
+            except FileNotFoundError:
                 continue
+            except OSError:
+                if known := self._read.get(entry.name):
+                    found[entry.name] = known[0]
         return found
 
     def _complete(self, name: str, inode: int, host: Mapping[int, Link]) -> bool:
@@ -207,11 +215,15 @@ class PodWatcher:
         return {name: read_namespace(self._directory / name) for name in names}
 
     def _keep(self, names: Mapping[str, int], fresh: Mapping[str, list[Link] | None]) -> None:
+        """What was read; a namespace that is still there and failed stays as it was read last."""
         for name, inside in fresh.items():
-            if inside is None:
-                self._read.pop(name, None)
-            else:
+            known = self._read.get(name)
+            if inside is not None:
                 self._read[name] = (names[name], inside)
+            elif known is not None and known[0] == names[name]:
+                log.warning("namespace %s cannot be read: its pod stays as it was", name)
+            else:
+                self._read.pop(name, None)
 
     def _forget(self, names: Mapping[str, int]) -> None:
         for name in self._read.keys() - names.keys():

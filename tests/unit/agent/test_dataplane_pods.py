@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which links inside a namespace are a pod's."""
+"""Which links inside a namespace are a pod's, and that a failed look is not taken for their end."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+from pathlib import Path
 
 import pytest
+from bpfdp_agent.bpf.errors import DeviceFailed
+from bpfdp_agent.dataplane import pods
 from bpfdp_agent.dataplane.addresses import DATA_PATTERN, select
 from bpfdp_agent.dataplane.links import Link
-from bpfdp_agent.dataplane.pods import match
+from bpfdp_agent.dataplane.pods import PodWatcher, match
 
 
 def link(ifindex, name, *, kind="veth", peer=0, up=True, addresses=()):
@@ -52,6 +56,52 @@ def test_what_does_not_answer_is_no_pod(host):
 
 def test_without_an_address_it_is_no_pod_yet():
     assert match("cni-1", [link(2, "eth0", peer=7)], hosts(link(7, "veth7", peer=2))) == []
+
+
+@pytest.fixture
+def cni(tmp_path, monkeypatch) -> Path:
+    """A directory with one pod's namespace, which is readable while it says `pod`."""
+
+    async def host():
+        return [link(7, "veth7", peer=2)]
+
+    def inside(path):
+        readable = path.is_file() and path.read_text() == "pod"
+        return [link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))] if readable else None
+
+    monkeypatch.setattr(pods, "fetch_links", host)
+    monkeypatch.setattr(pods, "read_namespace", inside)
+    (tmp_path / "cni-1").write_text("pod")
+    return tmp_path
+
+
+async def test_a_namespace_that_cannot_be_read_once_keeps_its_pod(cni):
+    watcher = PodWatcher(cni)
+    (pod,) = await watcher.read()
+    (cni / "cni-1").write_text("")
+    assert await watcher.read() == [pod]
+    (cni / "next").write_text("")
+    (cni / "next").replace(cni / "cni-1")  # another namespace of this name
+    assert await watcher.read() == []
+    (cni / "cni-1").write_text("pod")
+    assert await watcher.read() == [pod]
+    (cni / "cni-1").unlink()
+    assert await watcher.read() == []
+
+
+async def test_a_directory_that_cannot_be_listed_says_nothing_of_the_pods(cni, monkeypatch):
+    watcher = PodWatcher(cni)
+    (pod,) = await watcher.read()
+
+    def no_descriptors(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "iterdir", no_descriptors)
+        with pytest.raises(DeviceFailed, match="Too many open files"):
+            await watcher.read()
+    assert await watcher.read(full=False) == [pod]
+    assert await PodWatcher(cni / "missing").read() == []
 
 
 def test_data_devices_by_pattern_and_state():
