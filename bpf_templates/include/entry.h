@@ -1,6 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What every tc hook starts with: known flows are done here, by one lookup; the rest is handed on.
 
+// The node that sent the packet through the tunnel; NULL where it is none of the cluster's.
+static __always_inline int tunnel_source(struct __sk_buff *skb, struct node_key *from) {
+    struct bpf_tunnel_key key = {};
+    __be32 *w = (__be32 *)from->addr;
+    if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0) {
+        w[0] = 0;
+        w[1] = 0;
+        w[2] = MAPPED_WORD;
+        w[3] = bpf_htonl(key.remote_ipv4);
+    } else if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6) == 0) {
+        __builtin_memcpy(w, key.remote_ipv6, 16);
+    } else {
+        return -1;
+    }
+    return nodes.lookup(from) ? 0 : -1;
+}
+
 static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, __u32 hook,
                                 __u32 program) {
     struct flow *flow = policy_flow();
@@ -12,10 +29,19 @@ static __always_inline int jump(struct __sk_buff *skb, const struct packet *p, _
     return TC_ACT_SHOT;
 }
 
-// Once a second: is the next hop still the same, and a UDP flow's backend still there? 0: yes.
+// The pod behind the entry's veth is the one that the flow was judged for.
+static __always_inline int pod_moved(const struct ct *entry) {
+    struct endpoint *pod = endpoint_of(&entry->new_dst);
+    return !pod || pod->ifindex != entry->ifindex;
+}
+
+// Once a second: is the next hop still the same, and the pod or a UDP flow's backend still there?
+// 0: yes.
 static __always_inline int refresh(struct __sk_buff *skb, const struct packet *p, struct ct *entry,
                                    __u64 now) {
     entry->checked = now;
+    if (entry->action == ACT_PEER && pod_moved(entry))
+        return -1;
     if (p->key.proto == IPPROTO_UDP && entry->backend && backend_gone(entry))
         return -1;
     find_route(skb, entry);
@@ -76,17 +102,27 @@ static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p
 }
 
 // Is the entry for packets that arrive here? (A pod's address on another interface is a forgery.)
+// What comes from a pod or through the tunnel needs an entry bound to just that interface.
 static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct *entry,
                                          __u32 hook) {
     if (hook == HOOK_TO_NET)
         return entry->flags & CT_HOST_REPLY;
     if (hook == HOOK_TO_POD)
         return 1;
+    if (hook == HOOK_FROM_POD || hook == HOOK_FROM_TUNNEL)
+        return entry->in_ifindex == skb->ifindex;
     return !entry->in_ifindex || entry->in_ifindex == skb->ifindex;
 }
 
 static __always_inline int handle(struct __sk_buff *skb, __u32 hook) {
     struct packet p = {};
+    struct node_key peer = {};
+    if (skb->protocol != FAMILY_PROTOCOL)
+        return TC_ACT_UNSPEC;
+    if (hook == HOOK_FROM_TUNNEL && tunnel_source(skb, &peer) < 0) {
+        count(COUNT_DROP_TUNNEL_SOURCE);
+        return TC_ACT_SHOT;
+    }
     int parsed = parse(skb, &p);
     if (unlikely(parsed != PARSED_FLOW))
         return unusual(skb, &p, hook, parsed);
@@ -98,7 +134,11 @@ static __always_inline int handle(struct __sk_buff *skb, __u32 hook) {
         return verdict;
     if (hook == HOOK_TO_NET)
         return TC_ACT_UNSPEC;
-    if (hook == HOOK_FROM_NET && p.key.proto == IPPROTO_TCP && !is_opening(p.tcp_flags))
-        return TC_ACT_UNSPEC; // a flow older than we are: the stack knows, and to_pod judges
+    if (hook == HOOK_FROM_NET && p.key.proto == IPPROTO_TCP && !is_opening(p.tcp_flags)) {
+        if (!endpoint_of(&p.key.src))
+            return TC_ACT_UNSPEC;  // a flow older than we are: the stack knows, and to_pod judges
+        count(COUNT_DROP_SPOOFED); // a pod of this node is not out there
+        return TC_ACT_SHOT;
+    }
     return jump(skb, &p, hook, JUMP_NEW_FLOW);
 }

@@ -118,14 +118,10 @@ static __always_inline int unknown_error(struct __sk_buff *skb, const struct flo
 }
 
 static __always_inline int error_may_enter(struct __sk_buff *skb, const struct flow *flow) {
-    struct node_key from;
-    if (flow->hook == HOOK_FROM_POD) {
-        struct endpoint *source = endpoint_of(&flow->src);
-        return source && source->ifindex == skb->ifindex;
-    }
-    if (flow->hook == HOOK_FROM_TUNNEL)
-        return tunnel_source(skb, &from) == 0;
-    return 1;
+    if (flow->hook != HOOK_FROM_POD)
+        return 1;
+    struct endpoint *source = endpoint_of(&flow->src);
+    return source && source->ifindex == skb->ifindex;
 }
 
 static __always_inline int carry_error(struct __sk_buff *skb) {

@@ -110,11 +110,22 @@ static __always_inline int route_from_pod(struct __sk_buff *skb, struct flow *fl
     return judge(skb, flow, source->egress_slot, ingress_slot);
 }
 
+// A pod's packet to a node's tunnel port: masqueraded by the CNI it would be believed there.
+static __always_inline int to_tunnel_port(const struct flow *flow, const struct settings *node) {
+    struct node_key peer;
+    if (flow->proto != IPPROTO_UDP || !node->tunnel_ifindex || flow->dport != node->tunnel_port)
+        return 0;
+    addr_to_node(&flow->dst, &peer);
+    return nodes.lookup(&peer) != NULL;
+}
+
 static __always_inline int flow_from_pod(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
     struct endpoint *source = endpoint_of(&flow->src);
     if (!node || !source || source->ifindex != skb->ifindex)
+        return drop(COUNT_DROP_SPOOFED);
+    if (to_tunnel_port(flow, node))
         return drop(COUNT_DROP_SPOOFED);
 
     struct endpoint *target = endpoint_of(&flow->dst);
@@ -123,8 +134,11 @@ static __always_inline int flow_from_pod(struct __sk_buff *skb, struct flow *flo
     struct frontend *frontend = find_frontend(flow);
     if (!frontend)
         return route_from_pod(skb, flow, source, NULL);
-    if (flow->proto == IPPROTO_TCP && !is_opening(flow->tcp_flags))
-        return to_stack(); // translated by netfilter, if by anyone
+    if (flow->proto == IPPROTO_TCP && !is_opening(flow->tcp_flags)) {
+        if (source->egress_slot && !(node->flags & SETTINGS_POLICY_DISABLED))
+            return drop(COUNT_DROP_POLICY); // where it would go is not known, so not allowed
+        return to_stack();                  // translated by netfilter, if by anyone
+    }
     int choice = choose(flow, frontend, &backend);
     if (choice == CHOICE_DROP)
         return TC_ACT_SHOT;
@@ -185,23 +199,6 @@ static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flo
     flow->reply_in_ifindex = node->tunnel_ifindex;
     copy_node(flow->node, backend->node);
     return judge(skb, flow, POLICY_SLOT_ALLOW, POLICY_SLOT_ALLOW);
-}
-
-// The node that sent the packet through the tunnel; NULL where it is none of the cluster's.
-static __always_inline int tunnel_source(struct __sk_buff *skb, struct node_key *from) {
-    struct bpf_tunnel_key key = {};
-    __be32 *w = (__be32 *)from->addr;
-    if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0) {
-        w[0] = 0;
-        w[1] = 0;
-        w[2] = MAPPED_WORD;
-        w[3] = bpf_htonl(key.remote_ipv4);
-    } else if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6) == 0) {
-        __builtin_memcpy(w, key.remote_ipv6, 16);
-    } else {
-        return -1;
-    }
-    return nodes.lookup(from) ? 0 : -1;
 }
 
 static __always_inline int direct_return(const struct flow *flow, const struct settings *node) {
@@ -268,6 +265,8 @@ static __always_inline int flow_to_pod(struct __sk_buff *skb, struct flow *flow)
     __u32 ingress_slot = target ? target->ingress_slot : POLICY_SLOT_ALLOW;
     flow->action = ACT_STACK;
     flow->reply_action = ACT_STACK;
+    if (target)
+        flow->reply_in_ifindex = target->ifindex;
     if (!skb->ingress_ifindex) {
         ingress_slot = POLICY_SLOT_ALLOW;
         answer_as_asked(flow);

@@ -15,7 +15,7 @@ enum { FRAGMENT_NONE, FRAGMENT_FIRST, FRAGMENT_LATER };
 
 enum {
     PARSED_FLOW,
-    PARSED_PASS, // another family's, or neighbour discovery
+    PARSED_PASS, // neighbour discovery
     PARSED_MALFORMED,
     PARSED_ICMP_ERROR,
     PARSED_LOST_FRAGMENT, // a later fragment whose first was not seen
@@ -134,8 +134,6 @@ static __always_inline int parse_fragment(struct __sk_buff *skb, struct packet *
 
 #if FAMILY == 4
 static __always_inline int parse(struct __sk_buff *skb, struct packet *p) {
-    if (skb->protocol != FAMILY_PROTOCOL)
-        return PARSED_PASS;
     pull(skb, HEADERS_SIZE);
     struct iphdr *ip = frame(skb) + ETH_HLEN;
     if ((void *)(ip + 1) > frame_end(skb) || ip->version != 4 || ip->ihl < 5)
@@ -195,8 +193,6 @@ static __always_inline int walk_extensions(struct __sk_buff *skb, struct packet 
 }
 
 static __always_inline int parse(struct __sk_buff *skb, struct packet *p) {
-    if (skb->protocol != FAMILY_PROTOCOL)
-        return PARSED_PASS;
     pull(skb, HEADERS_SIZE);
     struct ipv6hdr *ip = frame(skb) + ETH_HLEN;
     if ((void *)(ip + 1) > frame_end(skb) || ip->version != 6)

@@ -255,7 +255,8 @@ SETTINGS = struct_of(
     tunnel_vni="u32",
     flags="u32",
     node4="bytes4",
-    pad4="u32",
+    tunnel_port="be16",
+    pad4="u16",
     node6="bytes16",
 )
 

@@ -291,6 +291,7 @@ class Node:
             data_ifindex=self.netns.ifindex["data0"],
             tunnel_ifindex=self.netns.ifindex["vxlan0"],
             tunnel_vni=4096,
+            tunnel_port=4789,
             flags=flags,
             **value,
         )

@@ -40,6 +40,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     data_ifindex: int
     tunnel_ifindex: int
     tunnel_vni: int
+    tunnel_port: int
     addresses: tuple[bytes, ...]
     """The node's own, the main one of each family first."""
     dsr: bool = False
@@ -59,6 +60,7 @@ def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
         data_ifindex=facts.data_ifindex,
         tunnel_ifindex=facts.tunnel_ifindex,
         tunnel_vni=facts.tunnel_vni,
+        tunnel_port=facts.tunnel_port,
         flags=flags,
         node4=first_of(facts.addresses, 4) or bytes(4),
         node6=first_of(facts.addresses, 6) or bytes(16),

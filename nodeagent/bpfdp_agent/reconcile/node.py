@@ -96,6 +96,7 @@ class NodeSync:
             data_ifindex=device.ifindex if device else 0,
             tunnel_ifindex=self.tunnel_ifindex,
             tunnel_vni=config.tunnel_vni,
+            tunnel_port=config.tunnel_port,
             addresses=self.addresses,
             dsr=config.dsr,
             policy_disabled=not config.policy_enabled,

@@ -23,7 +23,7 @@ V4, V6, OTHER = packed_all(["192.0.2.1", "2001:db8::1", "10.9.9.9"])
 
 
 def test_settings_name_the_first_address_of_each_family():
-    facts = NodeFacts(7, 2, 3, 4096, (V4, OTHER, V6), dsr=True)
+    facts = NodeFacts(7, 2, 3, 4096, 4789, (V4, OTHER, V6), dsr=True)
     (value,) = settings_entries(facts).values()
     found = SETTINGS.unpack(4, value)
     assert found["node4"] == V4
