@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bpfdp_agent.bpf import syscall
-from bpfdp_agent.layouts import CT, CT_KEY, Struct, TcpFlag
+from bpfdp_agent.layouts import ADDRESS_KEY, CT, CT_KEY, Struct, TcpFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from bpfdp_agent.dataplane.maps import OpenMap
 
@@ -144,6 +144,30 @@ async def purge_udp(table: OpenMap, backends: Collection[int]) -> int:
     return removed
 
 
+async def purge_addresses(table: OpenMap, addresses: Collection[bytes]) -> int:
+    """Forget every flow of these addresses: whose they were is gone, or is elsewhere.
+
+    Either entry of a flow names all its addresses, before or after NAT, so each is found itself.
+    """
+    gone = frozenset(addresses)
+    removed = 0
+    if not gone:
+        return removed
+    key_fields = _fields(CT_KEY, ("src", "dst"), table.family)
+    value_fields = _fields(CT, ("new_src", "new_dst"), table.family)
+    for page in syscall.map_lookup_batches(table.descriptor, table.info, PAGE):
+        doomed = {
+            raw_key
+            for raw_key, raw_value in page
+            if any(raw_key[field] in gone for field in key_fields)
+            or any(raw_value[field] in gone for field in value_fields)
+        }
+        syscall.map_delete_all(table.descriptor, doomed)
+        removed += len(doomed)
+        await asyncio.sleep(0)
+    return removed
+
+
 def _expired(
     table: OpenMap, raw_key: bytes, raw_value: bytes, now: int, limits: Timeouts
 ) -> set[bytes]:
@@ -165,6 +189,12 @@ def _expired(
 def _offset(described: Struct, name: str, family: int) -> int:
     names = [field.name for field in described.fields]
     return sum(field.size(family) for field in described.fields[: names.index(name)])
+
+
+def _fields(described: Struct, names: Iterable[str], family: int) -> list[slice]:
+    """Where the named addresses are in the packed struct."""
+    starts = [_offset(described, name, family) for name in names]
+    return [slice(start, start + ADDRESS_KEY.size(family)) for start in starts]
 
 
 def _count(seen: Collected, proto: int) -> None:

@@ -3,7 +3,8 @@
 
 The order keeps policy closed: policies learn a new identity before an address maps to it; a pod's
 policy programs are in their slots before its endpoint names them; its endpoint is written before
-its hooks are attached (hooks.py attaches what `attachable` says).
+its hooks are attached (hooks.py attaches what `attachable` says). The flows of an address whose
+pod is gone, or is behind another veth, are forgotten: they were judged for that pod.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from bpfdp_agent.dataplane import conntrack
 from bpfdp_agent.dataplane.pods import PodWatcher
 from bpfdp_agent.desired.endpoints import endpoint_entries
 from bpfdp_agent.desired.identities import IdentityTables
 from bpfdp_agent.desired.node import packed_all
 from bpfdp_agent.diff.tables import replace
-from bpfdp_agent.layouts import ENDPOINT, FAMILIES
+from bpfdp_agent.layouts import ADDRESS_KEY, ENDPOINT, FAMILIES
 from bpfdp_agent.model.pods import PodLink
 from bpfdp_agent.watch.wire import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from bpfdp_agent.dataplane.maps import MapStore
     from bpfdp_agent.diff.tables import Writes
@@ -54,6 +56,7 @@ class PodSync:
         self._changed = changed
         self._identities = IdentityTables()
         self._addresses: set[bytes] = set()
+        self._left: dict[int, set[bytes]] = {family: set() for family in FAMILIES}
         self._links: tuple[PodLink, ...] | None = None
         self._started = False
         self._interrupted = False
@@ -81,7 +84,9 @@ class PodSync:
             self._changed()
         if self._links is None or not self._policies.started:
             return operations
-        return operations + self._reconcile_endpoints(self._links)
+        operations += self._reconcile_endpoints(self._links)
+        await self._forget_flows()
+        return operations
 
     # -- identities -----------------------------------------------------------------------
 
@@ -117,6 +122,7 @@ class PodSync:
             wanted = endpoint_entries(self._around.view, family, links, self._policies.slots_of)
             actual = self._maps.read("endpoints", family)
             operations += self._write(replace("endpoints", family, actual, wanted))
+            self._left[family] |= _left(family, actual, wanted)
             values = [ENDPOINT.unpack(family, value) for value in wanted.values()]
             attachable.update(v["ifindex"] for v in values)
             slots.update(v[side] for v in values for side in ("ingress_slot", "egress_slot"))
@@ -132,7 +138,30 @@ class PodSync:
         self._changed()
         return operations
 
+    async def _forget_flows(self) -> None:
+        """Of the addresses that a pod left; those of a pass that failed are tried again."""
+        for family, left in self._left.items():
+            if not left:
+                continue
+            purged = await conntrack.purge_addresses(self._maps["ct", family], left)
+            self._around.metrics.conntrack_removed.labels("pod gone").inc(purged)
+            left.clear()
+
     def _write(self, writes: Writes) -> int:
         for step in writes:
             self._maps.write(step.map, step.family, step.puts, step.deletes)
         return len(writes)
+
+
+def _left(family: int, actual: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> set[bytes]:
+    """Addresses that have no endpoint any more, or one on another interface."""
+
+    def ifindex(value: bytes) -> int:
+        found: int = ENDPOINT.unpack(family, value)["ifindex"]
+        return found
+
+    return {
+        ADDRESS_KEY.unpack(family, key)["addr"]
+        for key, value in actual.items()
+        if key not in wanted or ifindex(wanted[key]) != ifindex(value)
+    }

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 from types import SimpleNamespace
 
 import pytest
-from bpfdp_agent.bpf.errors import MapFull
+from bpfdp_agent.bpf.errors import MapFull, SyscallFailed
 from bpfdp_agent.desired.endpoints import PolicySlots
 from bpfdp_agent.layouts import ADDRESS_KEY, ENDPOINT
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.model.pods import PodLink
+from bpfdp_agent.reconcile import pods
 from bpfdp_agent.reconcile.pods import NEEDS, PodSync
+from bpfdp_agent.serve.metrics import Metrics
 from bpfdp_agent.serve.nodestatus import NodeStatus
 from bpfdp_agent.watch.wire import Synced
 from unit.agent.kube_objects import added, deleted, node, pod
@@ -30,6 +33,9 @@ class Log:
         self.started = True
         self.failing = None
         self.in_use = frozenset()
+
+    def __getitem__(self, which):
+        return which
 
     def read(self, name, family):
         return dict(self.content.get((name, family), {}))
@@ -60,7 +66,7 @@ class Bench:
         self.view, self.log = ClusterView("node1"), Log()
         self.status = NodeStatus("1", "6.18")
         self.settled = 0
-        around = SimpleNamespace(view=self.view, status=self.status)
+        around = SimpleNamespace(view=self.view, status=self.status, metrics=Metrics())
         self.sync = PodSync(around, self.log, self.log, self.tick)
         self.sync._links = ()
         for kind in NEEDS:
@@ -138,3 +144,45 @@ async def test_an_interrupted_write_is_made_good(bench):
     await bench.round()
     assert ADDRESS_KEY.pack(4, addr=A) in bench.log.read("identities", 4)
     assert await bench.round() == []
+
+
+@pytest.fixture
+def purged(monkeypatch) -> list[tuple[tuple[str, int], set[bytes]]]:
+    """What is purged of which table; the first pass fails when `None` is put in before."""
+    passes: list = []
+
+    async def purge(table, addresses):
+        if passes == [None]:
+            passes.clear()
+            raise SyscallFailed("BPF_MAP_LOOKUP_BATCH", errno.ENOMEM)
+        passes.append((table, set(addresses)))
+        return len(addresses)
+
+    monkeypatch.setattr(pods.conntrack, "purge_addresses", purge)
+    return passes
+
+
+async def test_the_flows_of_an_address_go_with_its_pod(bench, purged):
+    bench.sync._links = (PodLink((A,), 7), PodLink((B,), 8))
+    bench.give(added(pod("a", ("10.0.0.1",))), added(pod("b", ("10.0.0.2",))))
+    await bench.round()
+    bench.sync._links = (PodLink((B,), 9),)
+    await bench.round()
+    assert purged == [(("ct", 4), {A, B})]
+    bench.give(added(pod("b", ("10.0.0.2",), labels={"app": "x"})))
+    await bench.round()
+    assert bench.endpoint(B)["ingress_slot"] == 5
+    assert len(purged) == 1
+
+
+async def test_flows_that_could_not_be_forgotten_are_tried_again(bench, purged):
+    bench.sync._links = (PodLink((A,), 7),)
+    bench.give(added(pod("a", ("10.0.0.1",))))
+    await bench.round()
+    bench.sync._links = ()
+    purged.append(None)
+    with pytest.raises(SyscallFailed):
+        await bench.round()
+    assert bench.sync.attachable == frozenset()
+    await bench.round()
+    assert purged == [(("ct", 4), {A})]
