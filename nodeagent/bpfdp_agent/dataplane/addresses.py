@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.dataplane.links import (
     RTMGRP_IPV4_IFADDR,
     RTMGRP_IPV6_IFADDR,
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 
 DATA_PATTERN = "^(en|eth|wl|bond|ib).*"
 """Devices that lead to other nodes and clients, where the CR does not say otherwise."""
-RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 60.0
 
@@ -86,18 +84,13 @@ class NodeWatcher:
         return select(await fetch_links(), self.pattern)
 
     async def snapshots(self) -> AsyncIterator[NodeLinks]:
-        """Now and after each change. Never ends."""
+        """Now and after each change. Never ends; raises DeviceFailed."""
         changed = asyncio.Event()
         last: NodeLinks | None = None
         groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
         async with Monitor(groups, changed):
             while True:
-                try:
-                    current = await self.read()
-                except DeviceFailed as error:
-                    log.warning("%s: trying again", error)
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
+                current = await self.read()
                 if current != last:
                     last = current
                     yield current

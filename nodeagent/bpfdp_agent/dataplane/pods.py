@@ -49,7 +49,6 @@ YOUNG_SECONDS = 0.1
 veth gets an address, or the second one (listening inside would keep the namespace alive)."""
 YOUNG_LIMIT = 15.0
 """Until this age a namespace counts as new."""
-RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 0.02
 """A CNI makes several changes in a row: they are read once."""
 
@@ -148,21 +147,19 @@ class PodWatcher:
         return sorted(found, key=lambda pod: (pod.netns, pod.ifindex))
 
     async def snapshots(self) -> AsyncIterator[list[PodLink]]:
-        """The full list, now and after each change. Never ends."""
+        """The full list, now and after each change. Never ends; raises DeviceFailed.
+
+        What was read before an error is still known when it is begun again.
+        """
         changed = asyncio.Event()
         last: list[PodLink] | None = None
         async with Monitor(RTMGRP_LINK, changed), DirectoryWatch(self._directory, changed) as watch:
             while True:
                 now = time.monotonic()
                 full = now - self._last_full >= FULL_READ_SECONDS
+                pods = await self.read(full=full)
                 if full:
                     self._last_full = now
-                try:
-                    pods = await self.read(full=full)
-                except DeviceFailed as error:
-                    log.warning("%s: trying again", error)
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
                 if pods != last:
                     last = pods
                     yield pods

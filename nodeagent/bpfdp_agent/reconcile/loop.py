@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A concern's loop: woken, it works until nothing is left; what fails is tried again later."""
+"""What runs on and on: a concern's loop, which works when woken, and work without an end.
+
+What fails is told and tried again, so that one concern's error does not take the others down.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY = 1.0
 LAST_RETRY = 60.0
+WELL_AFTER = 30.0
+"""Work without an end is well again when it has run for this time; its passes are shorter."""
 
 
 class Loop:
@@ -61,8 +66,7 @@ class Loop:
         try:
             operations = await self._work()
         except Exception as error:
-            if not isinstance(error, (BpfError, OSError)):
-                log.exception("%s: bug", self.name)
+            _log_bug(self.name, error)
             self._metrics.reconcile_errors.labels(self.name).inc()
             self._report(self.name, error)
             return False
@@ -82,3 +86,30 @@ class Loop:
         except TimeoutError:
             self._woken.set()
         self._pause = min(self._pause * 2, LAST_RETRY)
+
+
+async def keep_running(
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    report: Callable[[str, Exception | None], None],
+) -> None:
+    """Do work that ends only by an error, again after each, until cancelled.
+
+    `report` hears the error, and None once the work has gone well for WELL_AFTER.
+    """
+    while True:
+        well = asyncio.get_running_loop().call_later(WELL_AFTER, report, name, None)
+        try:
+            await work()
+        except Exception as error:
+            _log_bug(name, error)
+            report(name, error)
+        finally:
+            well.cancel()
+        await asyncio.sleep(FIRST_RETRY)
+
+
+def _log_bug(name: str, error: Exception) -> None:
+    """The trace of what is no error of the kernel's or the API server's."""
+    if not isinstance(error, (BpfError, OSError)):
+        log.error("%s: bug", name, exc_info=error)

@@ -54,6 +54,7 @@ class PodSync:
         self._maps = maps
         self._policies = policies
         self._changed = changed
+        self._watcher = PodWatcher()
         self._identities = IdentityTables()
         self._addresses: set[bytes] = set()
         self._left: dict[int, set[bytes]] = {family: set() for family in FAMILIES}
@@ -68,8 +69,8 @@ class PodSync:
         self._addresses |= changes.addresses
 
     async def follow(self, wake: Callable[[], None]) -> None:
-        """Keep the pods' links current until cancelled."""
-        async for found in PodWatcher().snapshots():
+        """Keep the pods' links current until cancelled; begun again after DeviceFailed."""
+        async for found in self._watcher.snapshots():
             self._links = tuple(PodLink(packed_all(p.addresses), p.ifindex) for p in found)
             wake()
 

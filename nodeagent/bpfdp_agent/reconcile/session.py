@@ -27,7 +27,7 @@ from bpfdp_agent.reconcile.connections import Connections
 from bpfdp_agent.reconcile.hooks import HookSync
 from bpfdp_agent.reconcile.kernel import Kernel
 from bpfdp_agent.reconcile.kubeproxy import KubeProxySync, wait_until_back
-from bpfdp_agent.reconcile.loop import Loop
+from bpfdp_agent.reconcile.loop import Loop, keep_running
 from bpfdp_agent.reconcile.node import NodeSync
 from bpfdp_agent.reconcile.pods import PodSync
 from bpfdp_agent.reconcile.policies import PolicySync
@@ -87,9 +87,9 @@ class Session:
         self._loop("policies", self._policies.reconcile)
         self._loop("hooks", self._hooks.reconcile)
         self._loop("kubeproxy", self._kube_proxy.reconcile)
-        self._task("pods found", self._pods.follow(self._loops["pods"].wake))
-        self._task("unused policies", self._policies.free_unused())
-        self._task("conntrack", self._connections.run())
+        self._keep_running("pods found", lambda: self._pods.follow(self._loops["pods"].wake))
+        self._keep_running("unused policies", self._policies.free_unused)
+        self._keep_running("connections", self._connections.run)
         self._follow_links()
 
     def _nothing_yet(self) -> None:
@@ -103,12 +103,15 @@ class Session:
         loop.wake()
         self._task(name, loop.run())
 
+    def _keep_running(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        self._task(name, keep_running(name, work, self._around.report))
+
     def _task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks[name] = asyncio.create_task(work, name=name)
 
     def _follow_links(self) -> None:
-        work = self._node.follow(self._config.data_pattern, self._loops["node"].wake)
-        self._task("links", work)
+        pattern, wake = self._config.data_pattern, self._loops["node"].wake
+        self._keep_running("links", lambda: self._node.follow(pattern, wake))
 
     # -- what happens meanwhile -----------------------------------------------------------
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from bpfdp_agent.bpf.errors import BpfError
-from bpfdp_agent.reconcile.loop import Loop
+from bpfdp_agent.config import Config
+from bpfdp_agent.reconcile.loop import WELL_AFTER, Loop, keep_running
+from bpfdp_agent.reconcile.session import Session
 from bpfdp_agent.serve.metrics import Metrics
 
 pytestmark = pytest.mark.looptime
@@ -69,3 +72,64 @@ async def test_a_wake_after_a_failure_tries_at_once():
     await asyncio.sleep(0.2)
     assert len(work.rounds) == 2
     task.cancel()
+
+
+class Endless:
+    """Work that fails at each of its first `failures` starts and then runs on."""
+
+    def __init__(self, error: Exception, failures: int) -> None:
+        self.error, self.failures = error, failures
+        self.running = False
+
+    async def __call__(self) -> None:
+        await asyncio.sleep(0.1)
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        self.running = True
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("error", [BpfError("no"), OSError("no"), RuntimeError("a bug")])
+async def test_work_without_an_end_begins_again_and_is_well_after_a_while(error):
+    work, heard = Endless(error, failures=3), []
+    task = asyncio.create_task(
+        keep_running("x", work, lambda name, error: heard.append((name, error)))
+    )
+    await asyncio.sleep(10)
+    assert work.running
+    assert heard == [("x", error)] * 3
+    await asyncio.sleep(WELL_AFTER)
+    assert heard == [("x", error)] * 3 + [("x", None)]
+    task.cancel()
+
+
+async def test_nothing_of_a_session_dies_without_a_word(tmp_path, monkeypatch):
+    told = {}
+
+    def broken(*_):
+        raise RuntimeError("can't start new thread")
+
+    async def idle():
+        return 0
+
+    around = SimpleNamespace(
+        settings=SimpleNamespace(state_dir=tmp_path),
+        metrics=Metrics(),
+        report=told.setdefault,
+    )
+    session = Session(around, None, Config())
+    monkeypatch.setattr(session._kernel.maps, "open", lambda: None)
+    monkeypatch.setattr(session, "_nothing_yet", lambda: None)
+    for part in ("programs", "services", "node", "pods", "policies", "hooks", "kube_proxy"):
+        monkeypatch.setattr(getattr(session, f"_{part}"), "reconcile", idle)
+    for part in (session._pods, session._node):
+        monkeypatch.setattr(part, "follow", broken)
+    monkeypatch.setattr(session._policies, "free_unused", broken)
+    monkeypatch.setattr(session._connections, "run", broken)
+    await session.start()
+    await asyncio.sleep(0.1)
+    background = {"pods found", "links", "unused policies", "connections"}
+    assert {name for name, error in told.items() if error} == background
+    assert not [task for task in session._tasks.values() if task.done()]
+    await session.stop()
