@@ -332,9 +332,10 @@ async def compare(bench: Bench, *two: World) -> None:
         for family in FAMILIES:
             addresses = bench.maps.read("identities", family)
             bench.maps.write("identities", family, {}, addresses)
-    await found.free(())
+    found.forget(())
     bench.now += policies.GRACE
-    await found.free(())
+    found.forget(())
+    await found.free()
 
 
 def check(bench: Bench, world: World, pod: RefPod, direction: Direction, slot: int) -> None:
@@ -401,11 +402,12 @@ async def test_unused_versions_are_freed_after_a_grace_and_slots_used_again(benc
     one = await load(found, ingress(block("10.0.0.0/8")), Membership())
     two_program = ingress(block("10.0.0.0/9"))
     two = await load(found, two_program, Membership())
-    assert await found.free({one}) == []
+    assert found.forget({one}) == []
     bench.now += policies.GRACE - 1
-    assert await found.free({one}) == []
+    assert found.forget({one}) == []
     bench.now += 1
-    assert await found.free({one}) == [two_program.spec.key]
+    assert found.forget({one}) == [two_program.spec.key]
+    await found.free()
     assert set(bench.slots(4)) == set(bench.slots(6)) == {POLICY_SLOT_DENY, one}
     assert len(listing(bench.pins.policy)) == 2
     assert await load(found, ingress(block("10.0.0.0/10")), Membership()) == two
@@ -414,21 +416,22 @@ async def test_unused_versions_are_freed_after_a_grace_and_slots_used_again(benc
 async def test_asking_for_a_version_again_keeps_it(bench):
     found, program = await bench.programs(), ingress(block("10.0.0.0/8"))
     slot = await load(found, program, Membership())
-    await found.free(())
+    found.forget(())
     bench.now += policies.GRACE
     assert await load(found, program, Membership()) == slot
-    assert await found.free(()) == []
+    assert found.forget(()) == []
 
 
 async def test_a_version_loaded_anew_while_it_is_freed_is_still_asked_for(bench):
     found, program = await bench.programs(), ingress(block("10.0.0.0/8"))
     await load(found, program, Membership())
-    await found.free(())
+    found.forget(())
     bench.now += policies.GRACE
-    freeing = asyncio.create_task(found.free(()))
+    assert found.forget(()) == [program.spec.key]
+    freeing = asyncio.create_task(found.free())
     await asyncio.sleep(0)
     slot = await load(found, program, Membership())
-    assert await freeing == []
+    await freeing
     assert set(bench.slots(4)) == {POLICY_SLOT_DENY, slot}
     assert bench.judge(slot, "ingress", "10.0.0.1", 6, 80) == ALLOWED
 
@@ -455,9 +458,10 @@ async def test_a_restarted_agent_adopts_what_is_there(bench, monkeypatch):
     assert await load(second, program, fresh) == slot
     assert (bench.slots(4), bench.slots(6)) == before
     assert policyversion.read_peers(program.spec, bench.folder(slot)).keys() == {5, 7}
-    await second.free({slot})
+    second.forget({slot})
     bench.now += policies.GRACE
-    await second.free({slot})
+    second.forget({slot})
+    await second.free()
     assert set(bench.slots(4)) == {POLICY_SLOT_DENY, slot}
 
 

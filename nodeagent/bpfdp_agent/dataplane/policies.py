@@ -80,8 +80,8 @@ class _Missing:
 
 class PolicyPrograms:
     """Used in this order: `open`; `ensure_all` what the pods need; point their endpoints at the
-    slots; `write` what changes of the peers; now and then `free` what no endpoint uses.
-    `maps` must be open.
+    slots; `write` what changes of the peers; now and then `forget` and `free` what no endpoint
+    uses. `maps` must be open.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PolicyPrograms:
         self._clock = clock
         self._held: dict[str, _Held] = {}  # by digest
         self._asked: dict[str, _Held] = {}  # by spec key
-        self._leaving: set[int] = set()
+        self._leaving: dict[int, Version] = {}  # by slot, not given out before it is empty
 
     async def open(self) -> None:
         """Adopt what is pinned, load the deny program. Raises PolicyNotLoaded."""
@@ -171,11 +171,12 @@ class PolicyPrograms:
             raise failure
         return operations
 
-    async def free(self, in_use: Collection[int]) -> list[str]:
-        """Free the versions whose slot nobody has had for GRACE seconds, one by one.
+    def forget(self, in_use: Collection[int]) -> list[str]:
+        """Give up the versions whose slot nobody has had for GRACE seconds; `free` removes them.
 
         `in_use`: the slots in the endpoints maps, and those about to be written there. Returns the
-        spec keys of what is not loaded any more. To be called every few seconds.
+        spec keys of what is not loaded any more: no endpoint may be pointed at their slots from
+        now on. To be called every few seconds.
         """
         now = self._clock()
         doomed = []
@@ -187,16 +188,19 @@ class PolicyPrograms:
             elif now - held.unused_since >= GRACE:
                 doomed.append(held)
         for held in doomed:
-            self._forget(held)
-        for held in doomed:
+            self._leaving[held.version.slot] = held.version
+            del self._held[held.version.digest]
+            if held.spec is not None:
+                del self._asked[held.spec.key]
+        return [held.spec.key for held in doomed if held.spec is not None]
+
+    async def free(self) -> None:
+        """Remove what was forgotten, one by one; after an error the next call goes on."""
+        for slot, version in list(self._leaving.items()):
             for family in FAMILIES:
-                await programs.clear_slots(
-                    self._maps["policy", family].descriptor, [held.version.slot]
-                )
-            await self._remove(held.version.folder)
-            self._leaving.discard(held.version.slot)
-        gone = [held.spec.key for held in doomed if held.spec is not None]
-        return [key for key in gone if key not in self._asked]  # else loaded anew meanwhile
+                await programs.clear_slots(self._maps["policy", family].descriptor, [slot])
+            await self._remove(version.folder)
+            del self._leaving[slot]
 
     @property
     def slots(self) -> frozenset[int]:
@@ -342,7 +346,7 @@ class PolicyPrograms:
             await self._remove(old.version.folder)
 
     def _unused_slot(self) -> int:
-        taken = {held.version.slot for held in self._held.values()} | self._leaving
+        taken = {held.version.slot for held in self._held.values()} | self._leaving.keys()
         room = self._maps["policy", FAMILIES[0]].info.max_entries
         free = (slot for slot in range(POLICY_SLOT_FIRST, room) if slot not in taken)
         slot = next(free, None)
@@ -351,13 +355,6 @@ class PolicyPrograms:
         return slot
 
     # -- freeing ------------------------------------------------------------------------------
-
-    def _forget(self, held: _Held) -> None:
-        """Its slot is not given out again before it is empty."""
-        self._leaving.add(held.version.slot)
-        del self._held[held.version.digest]
-        if held.spec is not None:
-            del self._asked[held.spec.key]
 
     @staticmethod
     async def _remove(folder: Path) -> None:

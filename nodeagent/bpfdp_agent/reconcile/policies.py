@@ -297,9 +297,10 @@ class PolicySync:
             uids = {p.metadata.uid for p in self._around.view.pods_on(self._around.view.nodes.own)}
             self._slots = {uid: slots for uid, slots in self._slots.items() if uid in uids}
             wanted = {slot for slots in self._slots.values() for slot in slots}
-            for key in await self._programs.free(self.in_use | wanted):
+            for key in self._programs.forget(self.in_use | wanted):
                 self._loaded.pop(key, None)
                 self._membership.delete_program(key)
+            await self._programs.free()
 
     # -- telling --------------------------------------------------------------------------
 

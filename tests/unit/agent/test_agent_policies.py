@@ -21,7 +21,7 @@ from bpfdp_agent.reconcile.surroundings import Surroundings
 from bpfdp_agent.serve.metrics import Metrics
 from bpfdp_agent.serve.nodestatus import NodeStatus
 from bpfdp_agent.watch.wire import Added, Deleted, Kind, ObjectKey, Synced, decode
-from unit.agent.kube_objects import added, pod
+from unit.agent.kube_objects import added, deleted, pod
 
 
 class FakePrograms:
@@ -68,12 +68,15 @@ class FakePrograms:
                 table.update(values)
         return sum(map(len, changes.values()))
 
-    async def free(self, in_use):
+    def forget(self, in_use):
         self.freed.append(set(in_use))
         gone = [key for key, slot in self.loaded.items() if slot not in in_use]
         for key in gone:
             del self.loaded[key]
         return gone
+
+    async def free(self):
+        await asyncio.sleep(1)
 
 
 class Bench:
@@ -310,4 +313,19 @@ async def test_slots_in_use_are_not_freed(bench):
     await bench.sync.reconcile()
     await asyncio.sleep(6)
     assert bench.programs.loaded == {}
+    task.cancel()
+
+
+@pytest.mark.looptime
+async def test_no_pod_gets_a_slot_that_is_being_freed(bench):
+    await bench.identities("client")
+    bench.give(policy(**allow("client")))
+    await bench.sync.reconcile()
+    bench.give(deleted(pod("web")))
+    task = asyncio.create_task(bench.sync.free_unused())
+    await asyncio.sleep(policies.FREE_EVERY + 0.5)
+    bench.give(added(pod("web2", ("10.0.0.9",), labels={"app": "web"})))
+    assert bench.slots("web2").ingress == POLICY_SLOT_DENY
+    await bench.sync.reconcile()
+    assert bench.slots("web2").ingress in bench.programs.slots
     task.cancel()
