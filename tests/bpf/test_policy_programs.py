@@ -7,6 +7,7 @@ Never more than a few programs at once, freed before the next (see dataplane/pro
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import struct
@@ -19,7 +20,13 @@ import pytest
 from bpfdp_agent.bpf import syscall
 from bpfdp_agent.bpf.cache import ObjectCache
 from bpfdp_agent.bpf.compiler import Compiler
-from bpfdp_agent.bpf.errors import CompileFailed, MapFull, ProgramRejected, TemplateInvalid
+from bpfdp_agent.bpf.errors import (
+    CompileFailed,
+    MapFull,
+    ProgramRejected,
+    SyscallFailed,
+    TemplateInvalid,
+)
 from bpfdp_agent.bpf.render import Renderer
 from bpfdp_agent.dataplane import policies, policyversion
 from bpfdp_agent.dataplane.maps import MapStore
@@ -395,6 +402,24 @@ async def test_a_full_identity_map_is_replaced_by_a_larger_one(bench, monkeypatc
     bench.identify("10.0.0.1", 19)
     assert bench.judge(slot, "ingress", "10.0.0.1", 6, 80) == ALLOWED
     assert await load(await bench.programs(), program, membership) == slot
+
+
+async def test_a_program_that_missed_a_change_of_its_peers_is_filled_anew(bench, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise SyscallFailed("BPF_MAP_UPDATE_BATCH", errno.ENOMEM)
+
+    found, membership = await bench.programs(), Membership()
+    program = ingress(pods(app="web"))
+    slot = await load(found, program, membership)
+    bench.identify("10.0.0.1", 5)
+    with monkeypatch.context() as broken, pytest.raises(PolicyNotLoaded):
+        broken.setattr(policyversion, "write_peers", refuse)
+        await found.write(membership.set_identity(5, web()))
+    assert found.stale == [program.spec.key]
+    assert bench.judge(slot, "ingress", "10.0.0.1", 6, 80) == DENIED
+    assert await load(found, program, membership) == slot
+    assert found.stale == []
+    assert bench.judge(slot, "ingress", "10.0.0.1", 6, 80) == ALLOWED
 
 
 async def test_unused_versions_are_freed_after_a_grace_and_slots_used_again(bench):

@@ -64,10 +64,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Held:
-    """A version in its slot. Without a spec it was found pinned and not asked for since."""
+    """A version in its slot. Without a spec it was found pinned and not asked for since.
+
+    `stale`: a change of its peers could not be written.
+    """
 
     version: Version
     spec: ProgramSpec | None = None
+    stale: bool = False
     unused_since: float | None = None
 
 
@@ -130,7 +134,7 @@ class PolicyPrograms:
         results: dict[str, int | PolicyNotLoaded] = {}
         missing: list[_Missing] = []
         for each in {w.spec.key: w for w in wanted}.values():
-            if held := self._asked.get(each.spec.key):
+            if (held := self._asked.get(each.spec.key)) and not held.stale:
                 held.unused_since = None
                 results[each.spec.key] = held.version.slot
                 continue
@@ -154,7 +158,7 @@ class PolicyPrograms:
 
         Programs that are not loaded are passed over: they are filled when they are. Where a map is
         full, the program is loaded again around a larger one. Raises PolicyNotLoaded, after all
-        others are written.
+        others are written; what failed is `stale` until `ensure_all` has filled it anew.
         """
         failure: PolicyNotLoaded | None = None
         operations = 0
@@ -164,7 +168,8 @@ class PolicyPrograms:
                 continue
             try:
                 await self._write(held.spec, values)
-            except BpfError as error:
+            except (BpfError, OSError) as error:
+                self._asked.get(key, held).stale = True
                 failure = PolicyNotLoaded(held.spec, error)
             operations += len(values)
         if failure is not None:
@@ -203,6 +208,11 @@ class PolicyPrograms:
             del self._leaving[slot]
 
     @property
+    def stale(self) -> list[str]:
+        """The spec keys of programs that missed a change of their peers."""
+        return [key for key, held in self._asked.items() if held.stale]
+
+    @property
     def slots(self) -> frozenset[int]:
         """The slots that have a program, adopted ones too."""
         return frozenset(held.version.slot for held in self._held.values())
@@ -223,14 +233,14 @@ class PolicyPrograms:
         return digest, [Source(name, text) for name, text in zip(names, texts, strict=True)]
 
     def _slot_of(self, wanted: Wanted, digest: str) -> int | None:
-        """The slot when the program is loaded; an adopted one gets the peers it should have."""
+        """The slot when the program is loaded; an adopted or stale one gets the peers it should."""
         held = self._held.get(digest)
         if held is None:
             return None
-        if held.spec is None:
+        if held.spec is None or held.stale:
             if not self._refilled(wanted, held.version):
                 return None
-            held.spec = wanted.spec
+            held.spec, held.stale = wanted.spec, False
             self._asked[wanted.spec.key] = held
         held.unused_since = None
         return held.version.slot
@@ -300,11 +310,12 @@ class PolicyPrograms:
             (objects,) = await self._compile([sources])
         if isinstance(objects, BpfError):
             raise objects
-        folder = self._asked[spec.key].version.folder  # another task may have been faster
-        grown = {**policyversion.read_peers(spec, folder), **puts}
+        held = self._asked[spec.key]  # another task may have been faster
+        grown = {**policyversion.read_peers(spec, held.version.folder), **puts}
         for number in deletes:
             grown.pop(number, None)
         self._install(digest, spec, objects, grown)
+        self._asked[spec.key].stale = held.stale
 
     def _install(
         self,

@@ -191,6 +191,10 @@ class Membership:
         """Stop following a program."""
         self._programs.pop(key, None)
 
+    def programs(self, keys: Iterable[str]) -> list[Program]:
+        """Those of the programs that are followed, by spec key."""
+        return [self._programs[key] for key in keys if key in self._programs]
+
     def values(self, program: Program) -> Values:
         """The identity map of a program."""
         if not program.spec.by_identity:

@@ -9,6 +9,7 @@ open. A new pod is denied from the start until its program is there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -85,30 +86,37 @@ class PolicySync:
 
     # -- identities, for PodSync ----------------------------------------------------------
 
+    @property
+    def behind(self) -> bool:
+        """Whether a program missed a change of its peers, which the next round makes good."""
+        return bool(self._programs.stale)
+
     async def add_identities(self, new: Mapping[int, identities.Identity]) -> int:
         """Tell the programs of identities, before any address maps to them."""
         async with self._peers:
-            operations = 0
-            for number, found in new.items():
-                operations += await self._write(self._membership.set_identity(number, found))
-            return operations
+            return await self._write(self._membership.set_identity(n, i) for n, i in new.items())
 
     async def drop_identities(self, gone: Iterable[int]) -> int:
         """Let the programs forget identities, after no address maps to them any more."""
         async with self._peers:
-            operations = 0
-            for number in gone:
-                operations += await self._write(self._membership.delete_identity(number))
-            return operations
+            return await self._write(self._membership.delete_identity(n) for n in gone)
 
-    async def _write(self, deltas: Deltas) -> int:
-        if not deltas:
-            return 0
-        try:
-            return await self._programs.write(deltas)
-        except PolicyNotLoaded as error:
-            self._tell(error)
-            raise
+    async def _write(self, changes: Iterable[Deltas]) -> int:
+        """Write all; the first that failed is raised then. Its program is filled anew by a round.
+
+        Not sooner, as `changes` tell Membership, which must have all before anything is raised.
+        """
+        failure: PolicyNotLoaded | None = None
+        operations = 0
+        for deltas in changes:
+            try:
+                operations += await self._programs.write(deltas) if deltas else 0
+            except PolicyNotLoaded as error:
+                failure = failure or error
+        if failure is not None:
+            self._tell(failure)
+            raise failure
+        return operations
 
     # -- slots, for PodSync ---------------------------------------------------------------
 
@@ -166,7 +174,9 @@ class PolicySync:
             return 0
         await self._open()
         self._take_changes()
-        operations = await self._write_namespaces()
+        operations = 0
+        with contextlib.suppress(PolicyNotLoaded):  # told of, and filled anew below
+            operations = await self._write_namespaces()
         dirty, self._dirty = self._dirty, set()
         pods = [p for key in dirty if (p := self._own_pod(key)) is not None]
         for pod in pods:
@@ -228,13 +238,12 @@ class PolicySync:
     async def _write_namespaces(self) -> int:
         """Tell the programs of namespaces' labels."""
         names, self._dirty_namespaces = self._dirty_namespaces, set()
-        operations = 0
+        found = {name: self._around.view.namespaces.get(name) for name in names}
         async with self._peers:
-            for name in names:
-                found = self._around.view.namespaces.get(name)
-                labels = found.metadata.labels if found else None
-                operations += await self._write(self._membership.set_namespace(name, labels))
-        return operations
+            return await self._write(
+                self._membership.set_namespace(name, each.metadata.labels if each else None)
+                for name, each in found.items()
+            )
 
     def _look_again(self, key: ObjectKey) -> None:
         if self._own_pod(key) is not None:
@@ -260,8 +269,11 @@ class PolicySync:
         return None if pod.spec.host_network or pod.terminated else pod
 
     async def _load(self, pods: Iterable[Pod]) -> None:
-        """Load the programs of these pods; those that fail are tried again next round."""
-        needed: dict[str, Program] = {}
+        """Load the programs of these pods, and fill anew those that missed a change of peers.
+
+        Those that fail are tried again next round.
+        """
+        needed = {p.spec.key: p for p in self._membership.programs(self._programs.stale)}
         for pod in pods:
             for judge in self._judges[pod.key].values():
                 if judge.program:

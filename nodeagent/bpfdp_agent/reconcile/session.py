@@ -154,7 +154,7 @@ class Session:
         self._loops["pods"].wake()
 
     def _pods_changed(self) -> None:
-        if not self._policies.started:
+        if not self._policies.started or self._policies.behind:
             self._loops["policies"].wake()
         self._settled()
 

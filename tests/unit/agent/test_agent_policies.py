@@ -35,6 +35,7 @@ class FakePrograms:
         self.full: MapFull | None = None
         self.specs = {}
         self.freed: list[set[int]] = []
+        self.stale: list[str] = []
         self.compiling = lambda: None
 
     async def open(self):
@@ -53,14 +54,16 @@ class FakePrograms:
             if key not in self.loaded and self.broken:
                 results[key] = PolicyNotLoaded(each.spec, CompileFailed("policy", "error: no"))
                 continue
-            if key not in self.loaded:
-                self.loaded[key] = 2 + len(self.loaded)
+            if key not in self.loaded or key in self.stale:
+                self.loaded.setdefault(key, 2 + len(self.loaded))
                 self.content[key] = dict(each.values())
+                self.stale = [k for k in self.stale if k != key]
             results[key] = self.loaded[key]
         return results
 
     async def write(self, changes):
         if self.full:
+            self.stale += changes
             raise PolicyNotLoaded(self.specs[next(iter(changes))], self.full)
         for key, values in changes.items():
             table = self.content.get(key)
@@ -120,6 +123,11 @@ class Bench:
         key = ADDRESS_KEY.pack(4, addr=bytes([10, 0, 0, last]))
         self.endpoints[key] = ENDPOINT.pack(4, ifindex=ifindex, ingress_slot=slot)
         self.programs.adopted.add(slot)
+
+    def give_namespace(self, **labels: str) -> None:
+        body = {"metadata": {"name": "ns", "labels": labels}}
+        found = decode(Kind.NAMESPACE, msgspec.json.encode(body))
+        self.give(Added(Kind.NAMESPACE, found))
 
     async def identities(self, *names: str) -> None:
         found = [identity_of(self.view.pods[ObjectKey("ns", n)]) for n in names]
@@ -329,3 +337,35 @@ async def test_no_pod_gets_a_slot_that_is_being_freed(bench):
     await bench.sync.reconcile()
     assert bench.slots("web2").ingress in bench.programs.slots
     task.cancel()
+
+
+async def test_a_namespace_that_could_not_be_written_is_made_good_in_the_same_round(bench):
+    bench.give_namespace(team="x")
+    await bench.identities("web", "client")
+    peers = [{"namespaceSelector": {"matchLabels": {"team": "x"}}}]
+    bench.give(policy(ingress=[{"from": peers}]))
+    await bench.sync.reconcile()
+    (content,) = bench.programs.content.values()
+    assert set(content) == {1, 2}
+    bench.programs.full = MapFull("peers", 64)
+    bench.give_namespace(team="y")
+    await bench.sync.reconcile()
+    (content,) = bench.programs.content.values()
+    assert content == {}
+    assert not bench.sync.behind
+
+
+async def test_after_a_failed_write_the_other_identities_are_known_all_the_same(bench):
+    bench.sync.identities_known = True
+    bench.give(policy(**allow("client")))
+    await bench.sync.reconcile()
+    client = identity_of(bench.view.pods[ObjectKey("ns", "client")])
+    bench.programs.full = MapFull("peers", 64)
+    with pytest.raises(PolicyNotLoaded):
+        await bench.sync.add_identities({1: client, 2: client})
+    assert bench.sync.behind
+    bench.programs.full = None
+    await bench.sync.reconcile()
+    (content,) = bench.programs.content.values()
+    assert set(content) == {1, 2}
+    assert not bench.sync.behind
