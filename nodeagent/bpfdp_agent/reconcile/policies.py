@@ -88,8 +88,11 @@ class PolicySync:
 
     @property
     def behind(self) -> bool:
-        """Whether a program missed a change of its peers, which the next round makes good."""
-        return bool(self._programs.stale)
+        """Whether a program missed a change of its peers and no round is due that makes it good.
+
+        (After a round that failed one is due, with growing pauses.)
+        """
+        return self.failing is None and bool(self._programs.stale)
 
     async def add_identities(self, new: Mapping[int, identities.Identity]) -> int:
         """Tell the programs of identities, before any address maps to them."""

@@ -51,7 +51,7 @@ class FakePrograms:
         for each in wanted:
             key = each.spec.key
             self.specs[key] = each.spec
-            if key not in self.loaded and self.broken:
+            if (key not in self.loaded or key in self.stale) and self.broken:
                 results[key] = PolicyNotLoaded(each.spec, CompileFailed("policy", "error: no"))
                 continue
             if key not in self.loaded or key in self.stale:
@@ -364,7 +364,11 @@ async def test_after_a_failed_write_the_other_identities_are_known_all_the_same(
     with pytest.raises(PolicyNotLoaded):
         await bench.sync.add_identities({1: client, 2: client})
     assert bench.sync.behind
-    bench.programs.full = None
+    bench.programs.full, bench.programs.broken = None, True
+    with pytest.raises(PolicyNotLoaded):
+        await bench.sync.reconcile()
+    assert not bench.sync.behind  # the round is repeated, with pauses
+    bench.programs.broken = False
     await bench.sync.reconcile()
     (content,) = bench.programs.content.values()
     assert set(content) == {1, 2}
