@@ -29,31 +29,55 @@ def endpoint_entries(
     family: int,
     links: Iterable[PodLink],
     slots_of: Callable[[Pod], PolicySlots],
+    actual: Mapping[bytes, bytes],
 ) -> dict[bytes, bytes]:
-    """The whole map (a node has few pods), for `diff.tables.replace`.
+    """The whole map (a node has few pods), for `diff.tables.replace`. `actual` is what it holds.
 
     A pod's veth exists before the API server knows its address. Until then the address gets what
     the pods that still wait for theirs would get, so that no pod starts outside its policies;
     an address that belongs to no pod we know of, with none waiting, gets no entry.
+
+    A pod can give itself any address. It gets those that the API server says are its own; where
+    two veths have the same, the one that had it keeps it.
     """
     waiting = slots_while_unknown(view, slots_of)
-    entries = {}
-    for link in links:
+    had = {key: ENDPOINT.unpack(family, value)["ifindex"] for key, value in actual.items()}
+    entries: dict[bytes, bytes] = {}
+    given: dict[bytes, int] = {}
+    for link in sorted(links, key=lambda each: each.ifindex):
+        owner = _owner(view, family, link, had)
         for address in link.addresses:
             if family_of(address) != family:
                 continue
             pod = view.pod_at(address)
-            if pod is not None and pod.spec.node_name != view.nodes.own:
-                pod = None  # the API server still has the address's last holder
-            slots = slots_of(pod) if pod else waiting
-            if slots is not None:
-                entries[ADDRESS_KEY.pack(family, addr=address)] = ENDPOINT.pack(
-                    family,
-                    ifindex=link.ifindex,
-                    ingress_slot=slots.ingress,
-                    egress_slot=slots.egress,
-                )
+            slots = slots_of(pod) if pod and pod is owner else None
+            if owner is None and (pod is None or pod.metadata.deletion_timestamp):
+                slots = waiting  # of nobody, or the API server still has its last holder
+            key = ADDRESS_KEY.pack(family, addr=address)
+            if slots is None or (key in given and given[key] == had.get(key)):
+                continue
+            given[key] = link.ifindex
+            entries[key] = ENDPOINT.pack(
+                family,
+                ifindex=link.ifindex,
+                ingress_slot=slots.ingress,
+                egress_slot=slots.egress,
+            )
     return entries
+
+
+def _owner(view: ClusterView, family: int, link: PodLink, had: Mapping[bytes, int]) -> Pod | None:
+    """The pod of this node that the veth is of; None while none of its addresses is known.
+
+    Where it has addresses of several pods, the one whose address it had (`had`), else the first.
+    """
+    found = [
+        (ADDRESS_KEY.pack(family, addr=address) if family_of(address) == family else b"", pod)
+        for address in link.addresses
+        if (pod := view.pod_at(address)) is not None and pod.spec.node_name == view.nodes.own
+    ]
+    kept = (pod for key, pod in found if had.get(key) == link.ifindex)
+    return next(kept, found[0][1] if found else None)
 
 
 def slots_while_unknown(

@@ -120,8 +120,10 @@ class PodSync:
         slots: set[int] = set()
         count = 0
         for family in FAMILIES:
-            wanted = endpoint_entries(self._around.view, family, links, self._policies.slots_of)
             actual = self._maps.read("endpoints", family)
+            wanted = endpoint_entries(
+                self._around.view, family, links, self._policies.slots_of, actual
+            )
             operations += self._write(replace("endpoints", family, actual, wanted))
             self._left[family] |= _left(family, actual, wanted)
             values = [ENDPOINT.unpack(family, value) for value in wanted.values()]
