@@ -73,6 +73,15 @@ static __always_inline struct settings *node_settings(void) {
     return settings.lookup(&zero);
 }
 
+// The node's main address of this family.
+static __always_inline void node_address(const struct settings *node, addr_t *to) {
+#if FAMILY == 4
+    __builtin_memcpy(to, node->node4, sizeof(*to));
+#else
+    __builtin_memcpy(to, node->node6, sizeof(*to));
+#endif
+}
+
 static __always_inline int own_address(const addr_t *a) {
     return own_addresses.lookup((struct address_key *)a) != NULL;
 }

@@ -77,11 +77,7 @@ static __always_inline int choose(struct flow *flow, struct frontend *frontend,
 }
 
 static __always_inline void hairpin(struct flow *flow, const struct settings *node) {
-#if FAMILY == 4
-    __builtin_memcpy(&flow->new_src, node->node4, sizeof(addr_t));
-#else
-    __builtin_memcpy(&flow->new_src, node->node6, sizeof(addr_t));
-#endif
+    node_address(node, &flow->new_src);
     flow->flags |= FLOW_HAIRPIN;
 }
 
@@ -246,11 +242,7 @@ static __always_inline void answer_as_asked(struct flow *flow) {
     if (!node || flow->proto != IPPROTO_UDP)
         return;
     __builtin_memcpy(&key, flow, sizeof(key));
-#if FAMILY == 4
-    __builtin_memcpy(&key.src, node->node4, sizeof(addr_t));
-#else
-    __builtin_memcpy(&key.src, node->node6, sizeof(addr_t));
-#endif
+    node_address(node, &key.src);
     struct ct *asked = ct.lookup(&key);
     if (!asked || !(asked->flags & CT_REPLY) || !(asked->flags & CT_NAT))
         return;

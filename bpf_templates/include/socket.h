@@ -105,11 +105,7 @@ static __always_inline struct backend *choose_for_node(const struct settings *no
                                                        const struct frontend *frontend, __u32 *id) {
     addr_t client;
     __u32 kind = frontend->flags & FRONTEND_INTERNAL_LOCAL ? LIST_LOCAL : LIST_CLUSTER;
-#if FAMILY == 4
-    __builtin_memcpy(&client, node->node4, sizeof(client));
-#else
-    __builtin_memcpy(&client, node->node6, sizeof(client));
-#endif
+    node_address(node, &client);
     if (!client_allowed(frontend, &client))
         return NULL;
     return choose_backend(frontend, kind, &client, id);
