@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Part of every map's pin name: raised when a layout changes, so that no old pin is misread."""
 
 FAMILIES = (4, 6)
