@@ -34,7 +34,7 @@ NO_SCTP = r"SCTP|\bsctp\b"  # this kernel has no SCTP sockets
 SUITES = {
     "policy": Suite(r"\[sig-network\] Netpol", ("SCTPConnectivity",)),
     "services": Suite(
-        r"\[sig-network\] (Services|Conntrack|Networking Granular|EndpointSlice|Traffic Distribution"
+        r"\[sig-network\] (Services|Conntrack|Networking (Granular|should provide unchanging)|EndpointSlice|Traffic Distribution"
         r"|Topology|Service endpoints latency|DNS|HostPort|Proxy)",
         (
             NO_SCTP,

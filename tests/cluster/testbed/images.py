@@ -24,12 +24,13 @@ from cluster.testbed.settings import (
     BIN,
     BUSYBOX_IMAGE,
     CACHE,
+    CONNTRACK_PEER,
+    CONNTRACK_PEER_IMAGE,
     COREDNS_VERSION,
     DNS_TESTING_IMAGE,
     PAUSE_IMAGE,
-    TOOLS_MODULE,
 )
-from cluster.testbed.tools import go_environment, kubernetes_version
+from cluster.testbed.tools import kubernetes_source, kubernetes_version
 
 IMAGES = CACHE / "images"
 NODE_IMAGES = IMAGES / "node-images.tar"
@@ -123,7 +124,7 @@ def _apt_options() -> list[str]:
 
 def node_images() -> Path:
     """The docker-archive with every image a node starts with, built when a part changed."""
-    programs = [BIN / name for name in ("agnhost", "kube-proxy", "coredns")]
+    programs = [BIN / name for name in ("agnhost", "kube-proxy", "coredns", CONNTRACK_PEER)]
     rootfs = _rootfs("testbed-tools", TOOL_PACKAGES)
     pause = _pause()
     inputs = [rootfs, pause, *programs]
@@ -134,6 +135,7 @@ def node_images() -> Path:
         return NODE_IMAGES
     with step("writing the node images"):
         layers = {p.name: _layer(p) for p in (*programs, pause)}
+        layers["certificate"] = _certificate_layer()
         partial = NODE_IMAGES.with_suffix(".partial")
         archive.write_archive(partial, _images(rootfs, layers))
         partial.rename(NODE_IMAGES)
@@ -150,12 +152,25 @@ def _layer(program: Path) -> Path:
     return layer
 
 
+def _certificate_layer() -> Path:
+    """What agnhost's `porter` serves HTTPS with, from upstream's module."""
+    porter = kubernetes_source() / "test/images/agnhost/porter"
+    layer = IMAGES / "certificate.layer.tar"
+    names = ("localhost.crt", "localhost.key")
+    archive.write_layer(layer, {f"/{name}": porter / name for name in names})
+    return layer
+
+
 def _images(rootfs: Path, layers: dict[str, Path]) -> list[archive.Image]:
     tools = [rootfs, layers["agnhost"]]
+    agnhost = [*tools, layers["coredns"], layers["certificate"]]
     return [
-        archive.Image([AGNHOST_IMAGE], tools, entrypoint=["/agnhost"], cmd=["pause"]),
+        archive.Image([AGNHOST_IMAGE], agnhost, entrypoint=["/agnhost"], cmd=["pause"]),
         archive.Image([BUSYBOX_IMAGE, DNS_TESTING_IMAGE], tools, cmd=["sh"]),
         archive.Image([kube_proxy_image()], [rootfs, layers["kube-proxy"]], ["/kube-proxy"]),
+        archive.Image(
+            [CONNTRACK_PEER_IMAGE], [rootfs, layers[CONNTRACK_PEER]], [f"/{CONNTRACK_PEER}"]
+        ),
         archive.Image([coredns_image()], [layers["coredns"]], ["/coredns"]),
         archive.Image([PAUSE_IMAGE], [layers["pause"]], ["/pause"]),
     ]
@@ -166,9 +181,6 @@ def _pause() -> Path:
     program = BIN / "pause"
     if not program.exists():
         with step("compiling pause"):
-            env = go_environment()
-            module = ["go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]
-            source = Path(run(module, env=env, cwd=TOOLS_MODULE).strip())
             run(
                 [
                     "gcc",
@@ -177,7 +189,7 @@ def _pause() -> Path:
                     f"-DVERSION={PAUSE_IMAGE.rpartition(':')[2]}",
                     "-o",
                     program,
-                    source / "build/pause/linux/pause.c",
+                    kubernetes_source() / "build/pause/linux/pause.c",
                 ],
                 hint="gcc and libc6-dev come with `make packages`",
             )

