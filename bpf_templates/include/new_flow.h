@@ -36,12 +36,12 @@ static __always_inline struct frontend *find_frontend(struct flow *flow) {
     __u32 *own = own_addresses.lookup((struct address_key *)&flow->dst);
     if (own)
         return *own & 1 ? frontend_of_node(flow->dport, flow->proto) : NULL;
-    if (flow->hook == HOOK_FROM_TUNNEL) {
-        struct node_key node;
-        addr_to_node(&flow->dst, &node);
-        if (nodes.lookup(&node))
-            return frontend_of_node(flow->dport, flow->proto);
-    }
+    if (flow->hook == HOOK_FROM_TUNNEL)
+        frontend = frontend_of_other_node(&flow->dst, flow->dport, flow->proto, NODE_KNOWN);
+    else if (flow->hook == HOOK_FROM_POD)
+        frontend = shared_node_port(&flow->dst, flow->dport, flow->proto);
+    if (frontend)
+        return frontend;
     return frontend_of(&flow->dst, 0, 0);
 }
 

@@ -12,6 +12,23 @@ static __always_inline struct frontend *frontend_of_node(__be16 port, __u8 proto
     return frontends.lookup(&key);
 }
 
+// A NodePort by another node's address.
+static __always_inline struct frontend *frontend_of_other_node(const addr_t *dst, __be16 port,
+                                                               __u8 proto, __u32 served) {
+    struct node_key node;
+    addr_to_node(dst, &node);
+    __u32 *known = nodes.lookup(&node);
+    return known && *known & served ? frontend_of_node(port, proto) : NULL;
+}
+
+// The same for pods and processes of this node: they go to the backend from here, that node would
+// choose among the same ones. Not where it would choose its own alone (externalTrafficPolicy).
+static __always_inline struct frontend *shared_node_port(const addr_t *dst, __be16 port,
+                                                         __u8 proto) {
+    struct frontend *frontend = frontend_of_other_node(dst, port, proto, NODE_PORTS);
+    return frontend && !(frontend->flags & FRONTEND_EXTERNAL_LOCAL) ? frontend : NULL;
+}
+
 // loadBalancerSourceRanges: only clients within one of the ranges.
 static __always_inline int client_allowed(const struct frontend *frontend, const addr_t *client) {
     if (!(frontend->flags & FRONTEND_SOURCE_RANGES))

@@ -75,7 +75,8 @@ static __always_inline struct frontend *frontend_of_name(const struct name *name
     __u32 *own = own_addresses.lookup((struct address_key *)&name->addr);
     if (own || is_loopback(&name->addr))
         return !own || *own & 1 ? frontend_of_node(name->port, name->proto) : NULL;
-    return frontend_of(&name->addr, 0, 0);
+    frontend = shared_node_port(&name->addr, name->port, name->proto);
+    return frontend ? frontend : frontend_of(&name->addr, 0, 0);
 }
 
 static __always_inline void socket_key(struct bpf_sock_addr *ctx, __u8 kind, const addr_t *addr,

@@ -247,6 +247,14 @@ ENDPOINT = struct_of("endpoint", ifindex="u32", ingress_slot="u32", egress_slot=
 NODE_KEY = struct_of("node_key", addr="bytes16")
 """Always 16 bytes, IPv4 as ::ffff:a.b.c.d, for outer and inner addresses alike."""
 
+
+class NodeFlag(enum.IntFlag):
+    """Bits of a `nodes` value."""
+
+    KNOWN = 1
+    PORTS = 2  # the node serves NodePorts on this address
+
+
 SETTINGS = struct_of(
     "settings",
     host_netns_cookie="u64",
@@ -470,6 +478,7 @@ _ENUMS: tuple[tuple[str, type[enum.IntEnum] | type[enum.IntFlag]], ...] = (
     ("LIST", ListKind),
     ("BACKEND", BackendFlag),
     ("IDENTITY", IdentityFlag),
+    ("NODE", NodeFlag),
     ("SETTINGS", SettingsFlag),
     ("HOOK", Hook),
     ("ACT", Action),

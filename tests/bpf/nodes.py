@@ -297,7 +297,8 @@ class Node:
         )
         self.put("own_addresses", {"addr": raw(own)}, value=1)
         for each in (self.cast.node_a, self.cast.node_b):
-            self.put("nodes", {"addr": node_bytes(each)}, value=1)
+            served = layouts.NodeFlag.KNOWN | layouts.NodeFlag.PORTS
+            self.put("nodes", {"addr": node_bytes(each)}, value=int(served))
             self.put("identities", {"addr": raw(each)}, id=2, flags=int(layouts.IdentityFlag.NODE))
         for number, pod in enumerate((self.cast.pod_x, self.cast.pod_y, self.cast.pod_z)):
             self.put(

@@ -28,6 +28,7 @@ from bpfdp_agent.dataplane.programs import load
 
 SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
 NODE = {4: "10.0.0.1", 6: "fd00::1"}
+OTHER_NODE = {4: "10.0.0.2", 6: "fd00::2"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 
@@ -177,6 +178,15 @@ def test_a_nodes_own_node_port(sockets: Sockets) -> None:
     for address in (NODE[family], LOOPBACK[family]):
         shown, answer = sockets.run(tcp_exchange, address, 30080, (NODE[family], 8080))
         assert (shown, answer) == ((address, 30080), b"hello")
+
+
+def test_another_nodes_node_port(sockets: Sockets) -> None:
+    family = sockets.family
+    served = int(layouts.NodeFlag.KNOWN | layouts.NodeFlag.PORTS)
+    sockets.put("nodes", {"addr": node_bytes(OTHER_NODE[family])}, value=served)
+    sockets.service(None, 30080, [(NODE[family], 8080)], proto=6)
+    shown, answer = sockets.run(tcp_exchange, OTHER_NODE[family], 30080, (NODE[family], 8080))
+    assert (shown, answer) == ((OTHER_NODE[family], 30080), b"hello")
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])

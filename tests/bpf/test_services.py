@@ -392,3 +392,19 @@ def test_a_node_server_that_answers_from_the_pods_gateway(a: Node, cast: Address
     assert back.frame.valid
     elsewhere = a.to_pod(answer, "podx", ingress="data0")
     assert elsewhere.frame.src == cast.gateway
+
+
+def test_another_nodes_node_port_is_served_here(a: Node, cast: Addresses) -> None:
+    a.service([(None, NODEPORT)], [(cast.pod_y, 8080, None)], flags=FrontendFlag.EXTERNAL)
+    first = Frame(cast.pod_x, cast.node_b, dport=NODEPORT)
+    out = a.from_pod(first, "podx")
+    assert (out.verdict, out.frame.dst, out.frame.src) == ("REDIRECT", cast.pod_y, cast.pod_x)
+    back = a.from_pod(out.frame.reply(), "pody")
+    assert (back.frame.src, back.frame.sport) == (cast.node_b, NODEPORT)
+
+
+def test_another_nodes_choice_among_its_own_is_left_to_it(a: Node, cast: Addresses) -> None:
+    flags = FrontendFlag.EXTERNAL | FrontendFlag.EXTERNAL_LOCAL
+    a.service([(None, NODEPORT)], [(cast.pod_y, 8080, None)], flags=flags)
+    out = a.from_pod(Frame(cast.pod_x, cast.node_b, dport=NODEPORT), "podx")
+    assert (out.verdict, out.frame.dst) == ("STACK", cast.node_b)

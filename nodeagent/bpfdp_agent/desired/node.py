@@ -15,6 +15,7 @@ from bpfdp_agent.layouts import (
     NODE_KEY,
     SETTINGS,
     U32,
+    NodeFlag,
     SettingsFlag,
 )
 from bpfdp_agent.model.addresses import cidr, contains, family_of, mapped, packed
@@ -77,24 +78,37 @@ def own_address_entries(
     addresses: Iterable[bytes], family: int, node_port_addresses: Iterable[str]
 ) -> dict[bytes, bytes]:
     """`own_addresses` of a family. No node_port_addresses: NodePorts are served on all."""
-    networks = [n for text in node_port_addresses if (n := cidr(text)) is not None]
+    networks = _networks(node_port_addresses)
     entries = {}
     for address in addresses:
         if family_of(address) == family:
-            served = not networks or any(contains(n, address) for n in networks)
-            value = NODE_PORTS if served else OWN
+            value = NODE_PORTS if _serves_node_ports(address, networks) else OWN
             entries[ADDRESS_KEY.pack(family, addr=address)] = U32.pack(family, value=value)
     return entries
 
 
-def node_entries(nodes: NodeIndex) -> dict[bytes, bytes]:
+def node_entries(nodes: NodeIndex, node_port_addresses: Iterable[str]) -> dict[bytes, bytes]:
     """`nodes`: the addresses of all other nodes, whose tunnel packets are believed."""
+    networks = _networks(node_port_addresses)
     return {
-        NODE_KEY.pack(4, addr=mapped(address)): U32.pack(4, value=1)
+        NODE_KEY.pack(4, addr=mapped(address)): U32.pack(4, value=_node_flags(address, networks))
         for node in nodes
         if node.name != nodes.own
         for address in node.addresses
     }
+
+
+def _node_flags(address: bytes, networks: list[tuple[int, bytes]]) -> NodeFlag:
+    served = _serves_node_ports(address, networks)
+    return NodeFlag.KNOWN | NodeFlag.PORTS if served else NodeFlag.KNOWN
+
+
+def _networks(node_port_addresses: Iterable[str]) -> list[tuple[int, bytes]]:
+    return [n for text in node_port_addresses if (n := cidr(text)) is not None]
+
+
+def _serves_node_ports(address: bytes, networks: list[tuple[int, bytes]]) -> bool:
+    return not networks or any(contains(n, address) for n in networks)
 
 
 def optout_entries(networks: Iterable[str], family: int) -> dict[bytes, bytes]:

@@ -115,7 +115,8 @@ class NodeSync:
         self.tunnel_ifindex = await tunnel.ensure(config.tunnel_port, mtu)
 
     def _write_maps(self, config: Config, facts: NodeFacts) -> int:
-        operations = self._replace("nodes", 4, node_entries(self._around.view.nodes))
+        others = node_entries(self._around.view.nodes, config.node_port_addresses)
+        operations = self._replace("nodes", 4, others)
         for family in FAMILIES:
             own = own_address_entries(facts.addresses, family, config.node_port_addresses)
             operations += self._replace("own_addresses", family, own)

@@ -15,7 +15,7 @@ from bpfdp_agent.desired.node import (
     settings_entries,
     tunnel_mtu,
 )
-from bpfdp_agent.layouts import ADDRESS_KEY, CIDR_KEY, SETTINGS, U32, SettingsFlag
+from bpfdp_agent.layouts import ADDRESS_KEY, CIDR_KEY, SETTINGS, U32, NodeFlag, SettingsFlag
 from bpfdp_agent.model.addresses import mapped
 from bpfdp_agent.model.nodes import NodeIndex, NodeInfo
 
@@ -48,7 +48,17 @@ def test_tunnel_packets_are_believed_from_other_nodes_only():
     nodes = NodeIndex("n1")
     nodes.put(NodeInfo("n1", (V4,), mapped(V4), ""))
     nodes.put(NodeInfo("n2", (OTHER, V6), mapped(OTHER), ""))
-    assert set(node_entries(nodes)) == {mapped(OTHER), V6}
+    assert set(node_entries(nodes, ())) == {mapped(OTHER), V6}
+
+
+def test_other_nodes_serve_node_ports_on_the_addresses_that_are_asked_for():
+    nodes = NodeIndex("n1")
+    nodes.put(NodeInfo("n2", (OTHER, V6), mapped(OTHER), ""))
+    known = {
+        key: int.from_bytes(value, "little")
+        for key, value in node_entries(nodes, ("::/0",)).items()
+    }
+    assert known == {mapped(OTHER): NodeFlag.KNOWN, V6: NodeFlag.KNOWN | NodeFlag.PORTS}
 
 
 def test_optouts_are_kept_apart_by_family():
