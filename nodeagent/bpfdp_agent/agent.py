@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 1000
 
+PROXY_KINDS = {Kind.SERVICE: "service", Kind.ENDPOINT_SLICE: "endpoint"}
+"""What kube-proxy counts changes of."""
+
 
 class Agent:
     """One per node. `run` until cancelled."""
@@ -55,7 +58,8 @@ class Agent:
         self._supported = False
         self._session: Session | None = None
         self._malformed: set[tuple[Kind, ObjectKey]] = set()
-        proxy = ProxyHealth()
+        metrics = Metrics()
+        proxy = ProxyHealth(metrics.proxy)
         status = NodeStatus(settings.version, os.uname().release)
         events = EventRecorder(connection, settings.node_name)
         self._writer = NodeStatusWriter(connection, settings.node_name, status)
@@ -64,11 +68,11 @@ class Agent:
             view=ClusterView(settings.node_name),
             status=status,
             events=events,
-            metrics=Metrics(),
+            metrics=metrics,
             proxy=proxy,
             proxy_servers=ProxyHealthServers(proxy, self._port_held),
         )
-        self._around.metrics.build.info({"version": settings.version})
+        metrics.build.info({"version": settings.version})
         self._control = Loop(
             "control", self._follow_config, self._around.metrics, self._around.report
         )
@@ -180,6 +184,8 @@ class Agent:
             case _:
                 self._forgive(event.kind, event.object.key)
         view.apply(event)
+        if event.kind in PROXY_KINDS and not isinstance(event, Synced):
+            self._around.metrics.proxy.changed(PROXY_KINDS[event.kind])
         return isinstance(event, Synced)
 
     def _refuse(self, kind: Kind, key: ObjectKey, error: str) -> None:

@@ -53,6 +53,16 @@ def node_info(node: Node) -> NodeInfo:
     )
 
 
+TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
+
+
+def eligible(node: Node | None) -> bool:
+    """Whether load balancers should send to the node: not while it is going (KEP-3836)."""
+    if node is None or node.metadata.deletion_timestamp:
+        return False
+    return all(taint.key != TO_BE_DELETED_TAINT for taint in node.spec.taints)
+
+
 class NodeIndex:
     """Nodes by name and by address. `own` is the name of the node the agent runs on."""
 

@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.dataplane import kubeproxy_rules
-from bpfdp_agent.model.nodes import KUBE_PROXY_LABEL
+from bpfdp_agent.model.nodes import KUBE_PROXY_LABEL, eligible
 from bpfdp_agent.watch.wire import Kind
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class KubeProxySync:
         config = self._config
         if config is None or not self._around.view.synced(Kind.NODE):
             return 0
+        nodes = self._around.view.node_objects
+        self._around.proxy.node_eligible = eligible(nodes.get(self._around.view.nodes.own))
         self.configure(config)  # the label may have come or gone
         if self._kept or not config.kube_proxy_removed:
             self._leave(config)

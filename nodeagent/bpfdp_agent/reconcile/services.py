@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.bpf.errors import BpfError, MapFull
 from bpfdp_agent.desired.services import ServiceTables
 from bpfdp_agent.diff.tables import SERVICE_MAPS
-from bpfdp_agent.layouts import FAMILIES
+from bpfdp_agent.layouts import FAMILIES, FrontendFlag
 from bpfdp_agent.model.services import service_view
+from bpfdp_agent.reconcile.programming import ProgrammingLatency
 from bpfdp_agent.serve.events import ref_of
 from bpfdp_agent.serve.proxyhealth import ServiceHealth
-from bpfdp_agent.watch.wire import Kind, ObjectKey, Service
+from bpfdp_agent.serve.proxymetrics import family_name
+from bpfdp_agent.watch.wire import EndpointSlice, Kind, ObjectKey, Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,10 +59,14 @@ class ServiceSync:
         self._invalid: dict[tuple[ObjectKey, int], dict[ObjectRef, str]] = {}
         self._served: set[tuple[ObjectKey, int]] = set()
         self._health_checks: dict[ObjectKey, ServiceHealth] = {}
+        self._no_local: dict[int, dict[ObjectKey, tuple[str, ...]]] = {f: {} for f in FAMILIES}
+        self._latency = ProgrammingLatency()
 
     def changed(self, services: Iterable[ObjectKey]) -> None:
         """These, or their endpoints, are others now."""
         self._dirty.update(services)
+        self._around.proxy.queued()
+        self._around.metrics.proxy.queued(FAMILIES)
 
     async def reconcile(self) -> int:
         """Write what changed; returns the number of map operations."""
@@ -89,12 +96,31 @@ class ServiceSync:
         return dirty if self._started else dirty | set(view.services)
 
     def _reconcile_family(self, family: int, dirty: set[ObjectKey]) -> int:
+        started = time.monotonic()
         views = {k: self._view_of(k, family) for k in dirty}
         writes = self._changes(family, views)
         self._gone[family] |= self._backends_to_go(family, writes)
         operations = self._write(family, writes, dirty)
         self._follow(family, views)
+        self._count(family, views, started)
         return operations
+
+    def _count(self, family: int, views: dict[ObjectKey, ServiceView], started: float) -> None:
+        """A family is in sync: as kube-proxy tells it."""
+        metrics = self._around.metrics.proxy
+        self._around.proxy.updated(family)
+        metrics.synced(family, started)
+        for key, view in views.items():
+            self._no_local[family].pop(key, None)
+            if without := policies_without_endpoint(view):
+                self._no_local[family][key] = without
+        for policy in ("internal", "external"):
+            found = sum(each.count(policy) for each in self._no_local[family].values())
+            metrics.no_local_endpoints.labels(policy, family_name(family)).set(found)
+        for key in views:
+            slices = [s for s in self._around.view.slices_of(key) if _in_family(s, family)]
+            for seconds in self._latency.of(key, family, slices):
+                metrics.programming.labels(family_name(family)).observe(seconds)
 
     async def _forget_gone(self) -> None:
         """Cut flows loose from backends that went; after an error the next round does it again."""
@@ -179,7 +205,7 @@ class ServiceSync:
             "ServicesSynced", True, "Synced", "Every Service and its endpoints are in the maps."
         )
         around.proxy.set_services(self._health_checks.values())
-        around.proxy.updated()
+        around.metrics.proxy.all_synced()
         around.proxy_servers.wake.set()
         self.complete = True
         self._synced()
@@ -193,6 +219,27 @@ def _problems_of(key: ObjectKey, view: ServiceView) -> dict[ObjectRef, str]:
     for each in view.slice_problems:
         found.setdefault(ref_of(Kind.ENDPOINT_SLICE, each.slice), []).append(each.problem)
     return {ref: "; ".join(problems) for ref, problems in found.items()}
+
+
+def _in_family(found: EndpointSlice, family: int) -> bool:
+    return found.address_type == f"IPv{family}"
+
+
+def policies_without_endpoint(view: ServiceView) -> tuple[str, ...]:
+    """For each port the Local traffic policies that leave this node without an endpoint."""
+    found = []
+    for port in view.ports:
+        flags = FrontendFlag(0)
+        for frontend in port.frontends:
+            inside = frontend.flags & FrontendFlag.CLUSTER_IP
+            side = FrontendFlag.INTERNAL_DROP if inside else FrontendFlag.EXTERNAL_DROP
+            flags |= frontend.flags & side
+        if flags and not port.local:
+            found += [name for flag, name in _POLICIES if flag in flags]
+    return tuple(found)
+
+
+_POLICIES = ((FrontendFlag.INTERNAL_DROP, "internal"), (FrontendFlag.EXTERNAL_DROP, "external"))
 
 
 def _names(keys: set[ObjectKey]) -> str:

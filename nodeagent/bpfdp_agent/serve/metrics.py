@@ -9,15 +9,18 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from bpfdp_agent.serve.proxymetrics import ProxyMetrics
+
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 
 class Metrics:
-    """The agent's metrics; every name starts with bpfdp_."""
+    """The agent's metrics: names start with bpfdp_, kube-proxy's own (`proxy`) with kubeproxy_."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         reg = self.registry
+        self.proxy = ProxyMetrics(reg)
         self.build = Info("bpfdp_build", "Version of the agent.", registry=reg)
         self.reconcile_seconds = Histogram(
             "bpfdp_reconcile_duration_seconds",

@@ -11,21 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import logging
 from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 
+from bpfdp_agent.layouts import FAMILIES
 from bpfdp_agent.serve.metrics import any_address_socket
+from bpfdp_agent.serve.proxymetrics import family_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from bpfdp_agent.serve.proxymetrics import ProxyMetrics
+
 log = logging.getLogger(__name__)
 
 RETRY = 5.0
-TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
+TIMEOUT = datetime.timedelta(seconds=60)
+"""How long an update may wait: twice kube-proxy's default sync period."""
 
 
 class ServiceHealth(msgspec.Struct, frozen=True):
@@ -38,12 +44,13 @@ class ServiceHealth(msgspec.Struct, frozen=True):
 
 
 class ProxyHealth:
-    """What is answered."""
+    """What is answered. As with kube-proxy a family is well until an update has waited too long."""
 
-    def __init__(self) -> None:
-        self.synced = False
+    def __init__(self, metrics: ProxyMetrics) -> None:
         self.node_eligible = True
-        self._last_updated = datetime.datetime.fromtimestamp(0, datetime.UTC)
+        self._metrics = metrics
+        self._updated: dict[int, datetime.datetime] = {}
+        self._waiting_since: dict[int, datetime.datetime] = {}
         self._services: dict[int, ServiceHealth] = {}
 
     @property
@@ -55,27 +62,61 @@ class ProxyHealth:
         """Replace the services that want a health check port."""
         self._services = {s.port: s for s in services}
 
-    def updated(self) -> None:
-        """The service tables are equal to what the API server says as of now."""
-        self.synced = True
-        self._last_updated = datetime.datetime.now(datetime.UTC)
+    def queued(self) -> None:
+        """The service maps are behind what the API server says."""
+        for family in FAMILIES:
+            self._waiting_since.setdefault(family, _now())
 
-    def node_answer(self, *, with_node: bool) -> web.Response:
-        """`/healthz` (with_node) or `/livez`."""
-        healthy = self.synced and (self.node_eligible or not with_node)
-        body = {
-            "lastUpdated": str(self._last_updated),
-            "currentTime": str(datetime.datetime.now(datetime.UTC)),
-            "nodeEligible": self.node_eligible,
+    def updated(self, family: int) -> None:
+        """A family's service maps are equal to what the API server says as of now."""
+        self._waiting_since.pop(family, None)
+        self._updated[family] = _now()
+
+    def _late(self, family: int) -> bool:
+        waiting = self._waiting_since.get(family)
+        return waiting is not None and _now() - waiting >= TIMEOUT
+
+    @property
+    def healthy(self) -> bool:
+        """No family has an update that waits too long."""
+        return not any(self._late(family) for family in self._updated)
+
+    def healthz(self) -> web.Response:
+        """`/healthz`: the proxy, and whether load balancers should use this node."""
+        answer = self._answer(self.healthy and self.node_eligible, nodeEligible=self.node_eligible)
+        self._metrics.healthz.labels(str(answer.status)).inc()
+        return answer
+
+    def livez(self) -> web.Response:
+        """`/livez`: the proxy alone."""
+        answer = self._answer(self.healthy)
+        self._metrics.livez.labels(str(answer.status)).inc()
+        return answer
+
+    def _answer(self, well: bool, **node: bool) -> web.Response:
+        never = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        last = _now() if well else max(self._updated.values(), default=never)
+        status = {
+            family_name(family): {
+                "lastUpdated": _rfc3339(updated),
+                "healthy": not self._late(family),
+            }
+            for family, updated in sorted(self._updated.items())
         }
-        return _json(200 if healthy else 503, body)
+        body = {
+            "lastUpdated": _rfc3339(last),
+            "currentTime": _rfc3339(_now()),
+            **node,
+            "healthy": self.healthy,
+        }
+        return _json(200 if well else 503, body | ({"status": status} if status else {}))
 
     def service_answer(self, port: int) -> web.Response:
         """The answer on one healthCheckNodePort."""
         service = self._services.get(port)
         if service is None:
             return _json(503, {})
-        healthy = self.synced and self.node_eligible
+        healthy = self.healthy
         body = {
             "service": {"namespace": service.namespace, "name": service.name},
             "localEndpoints": service.local_endpoints,
@@ -84,6 +125,14 @@ class ProxyHealth:
         answer = _json(200 if healthy and service.local_endpoints else 503, body)
         answer.headers["X-Load-Balancing-Endpoint-Weight"] = str(service.local_endpoints)
         return answer
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _rfc3339(moment: datetime.datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
 
 
 def _json(status: int, body: object) -> web.Response:
@@ -139,27 +188,19 @@ class ProxyHealthServers:
         app = web.Application()
         if port == self.healthz_port:
             app.add_routes(
-                [web.get("/healthz", self._node(True)), web.get("/livez", self._node(False))]
+                [
+                    web.get("/healthz", _handler(self._health.healthz)),
+                    web.get("/livez", _handler(self._health.livez)),
+                ]
             )
         else:
-            app.add_routes([web.get("/{path:.*}", self._service(port))])
+            answer = functools.partial(self._health.service_answer, port)
+            app.add_routes([web.get("/{path:.*}", _handler(answer))])
         listening = any_address_socket(port)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.SockSite(runner, listening).start()
         self._runners[port] = runner
-
-    def _node(self, with_node: bool) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def answer(_request: web.Request) -> web.StreamResponse:
-            return self._health.node_answer(with_node=with_node)
-
-        return answer
-
-    def _service(self, port: int) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def answer(_request: web.Request) -> web.StreamResponse:
-            return self._health.service_answer(port)
-
-        return answer
 
     def _not_bound(self, port: int, error: OSError) -> None:
         log.debug(
@@ -168,3 +209,12 @@ class ProxyHealthServers:
         service = self._health.services.get(port)
         if service is not None:
             self._bind_failed(service, error)
+
+
+def _handler(
+    answer: Callable[[], web.Response],
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(_request: web.Request) -> web.StreamResponse:
+        return answer()
+
+    return handle

@@ -168,9 +168,24 @@ class EndpointPort(Wire, frozen=True):
     port: int | None = None
 
 
+class EndpointSliceAnnotations(Wire, frozen=True):
+    """The one annotation that is read; when the change at its origin happened (RFC 3339)."""
+
+    last_change: str = msgspec.field(
+        default="", name="endpoints.kubernetes.io/last-change-trigger-time"
+    )
+
+
+class EndpointSliceMeta(ObjectMeta, frozen=True):
+    """`metadata` of an EndpointSlice."""
+
+    annotations: EndpointSliceAnnotations = EndpointSliceAnnotations()
+
+
 class EndpointSlice(KubeObject, frozen=True):
     """discovery.k8s.io/v1 EndpointSlice. The API server writes empty lists as null."""
 
+    metadata: EndpointSliceMeta
     address_type: str
     endpoints: tuple[Endpoint, ...] | None = None
     ports: tuple[EndpointPort, ...] | None = None
@@ -237,10 +252,17 @@ class Namespace(KubeObject, frozen=True):
     """v1 Namespace."""
 
 
+class Taint(Wire, frozen=True):
+    """`spec.taints[]`."""
+
+    key: str
+
+
 class NodeSpec(Wire, frozen=True):
     """`spec` of a Node."""
 
     pod_cidrs: tuple[str, ...] = msgspec.field(default=(), name="podCIDRs")
+    taints: tuple[Taint, ...] = ()
 
 
 class NodeAddress(Wire, frozen=True):

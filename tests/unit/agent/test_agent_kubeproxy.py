@@ -12,7 +12,7 @@ from bpfdp_agent.dataplane import kubeproxy_rules
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile.kubeproxy import KubeProxySync
 from bpfdp_agent.serve.nodestatus import NodeStatus
-from bpfdp_agent.watch.wire import Kind, Synced
+from bpfdp_agent.watch.wire import Kind, NodeSpec, Synced, Taint
 from unit.agent.kube_objects import added, node
 
 GONE = Config(kube_proxy_state="Disabled")
@@ -25,8 +25,14 @@ class Bench:
         self.status = NodeStatus("1", "6.18")
         self.view = ClusterView("node1")
         self.servers = SimpleNamespace(active=False, wake=SimpleNamespace(set=lambda: None))
+        self.health = SimpleNamespace(node_eligible=True)
         self.sync = KubeProxySync(
-            SimpleNamespace(view=self.view, status=self.status, proxy_servers=self.servers)
+            SimpleNamespace(
+                view=self.view,
+                status=self.status,
+                proxy_servers=self.servers,
+                proxy=self.health,
+            )
         )
 
     async def clear(self):
@@ -76,3 +82,21 @@ async def test_a_node_that_keeps_it_by_label_keeps_its_rules_and_ports(bench):
     bench.label()
     assert (await bench.round()).status == "True"
     assert (bench.clearings, bench.servers.active) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("taint", "deletion", "eligible"),
+    [
+        ("other", None, True),
+        ("ToBeDeletedByClusterAutoscaler", None, False),
+        ("other", "2026-01-01T00:00:00Z", False),
+    ],
+)
+async def test_load_balancers_leave_a_node_that_is_going(bench, taint, deletion, eligible):
+    found = node()
+    metadata = msgspec.structs.replace(found.metadata, deletion_timestamp=deletion)
+    spec = NodeSpec(taints=(Taint(key=taint),))
+    bench.view.apply(added(msgspec.structs.replace(found, metadata=metadata, spec=spec)))
+    bench.view.apply(Synced(Kind.NODE))
+    await bench.round()
+    assert bench.health.node_eligible is eligible

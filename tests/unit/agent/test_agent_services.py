@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from bpfdp_agent.bpf.errors import BpfError, MapFull
 from bpfdp_agent.layouts import FRONTEND, FRONTEND_KEY
@@ -66,14 +67,15 @@ class Bench:
     def __init__(self, *, synced: bool = True) -> None:
         self.view = ClusterView("node1")
         self.maps, self.events, self.connections = FakeMaps(), FakeEvents(), FakeConnections()
-        self.proxy = ProxyHealth()
+        self.metrics = Metrics()
+        self.proxy = ProxyHealth(self.metrics.proxy)
         self.status = NodeStatus("1", "6.18")
         self.around = Surroundings(
             settings=None,
             view=self.view,
             status=self.status,
             events=self.events,
-            metrics=Metrics(),
+            metrics=self.metrics,
             proxy=self.proxy,
             proxy_servers=SimpleNamespace(wake=SimpleNamespace(set=lambda: None)),
         )
@@ -251,8 +253,20 @@ async def test_health_check_node_ports_count_local_ready_endpoints():
     bench.give(found, added(endpoint_slice(ends, "lb")))
     await bench.sync.reconcile()
     assert bench.proxy.services[30999].local_endpoints == 1
-    assert bench.proxy.synced
+    assert set(msgspec.json.decode(bench.proxy.healthz().body)["status"]) == {"IPv4", "IPv6"}
     bench.give(deleted(service("lb", "10.96.1.9")))
     await bench.sync.reconcile()
     assert bench.proxy.services == {}
     assert ObjectKey("ns", "lb") not in bench.view.services
+
+
+async def test_ports_without_a_local_endpoint_are_counted_by_policy():
+    bench = Bench()
+    bench.give(*web(1, internalTrafficPolicy="Local"))
+    bench.give(added(endpoint_slice([endpoint("10.0.0.1", "node2")], "web1")))
+    await bench.sync.reconcile()
+    text = bench.metrics.text().decode()
+    name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total"
+    assert f'{name}{{ip_family="IPv4",traffic_policy="internal"}} 1.0' in text
+    assert f'{name}{{ip_family="IPv4",traffic_policy="external"}} 0.0' in text
+    assert 'kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv6"} 1.0' in text

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import socket
 
 import aiohttp
 import msgspec
 import pytest
+from bpfdp_agent.serve import proxyhealth
 from bpfdp_agent.serve.events import EventRecorder, ObjectRef
 from bpfdp_agent.serve.health import Health, HealthServer
 from bpfdp_agent.serve.metrics import Metrics, MetricsServer
@@ -50,13 +52,20 @@ async def test_metrics_are_served():
     await server.stop()
 
 
+def proxy_health() -> ProxyHealth:
+    return ProxyHealth(Metrics().proxy)
+
+
 @pytest.mark.parametrize(
-    ("endpoints", "synced", "status"), [(2, True, 200), (0, True, 503), (2, False, 503)]
+    ("endpoints", "late", "status"), [(2, False, 200), (0, False, 503), (2, True, 503)]
 )
-def test_health_check_node_port_answers_as_kube_proxy_does(endpoints, synced, status):
-    health = ProxyHealth()
-    if synced:
-        health.updated()
+def test_health_check_node_port_answers_as_kube_proxy_does(monkeypatch, endpoints, late, status):
+    health = proxy_health()
+    health.updated(4)
+    if late:
+        health.queued()
+        pass_seconds(monkeypatch, 61)
+    health.node_eligible = False  # for this answer the node does not matter
     health.set_services([ServiceHealth(30001, "ns", "web", endpoints)])
     answer = health.service_answer(30001)
     assert answer.status == status
@@ -65,21 +74,48 @@ def test_health_check_node_port_answers_as_kube_proxy_does(endpoints, synced, st
     assert msgspec.json.decode(answer.body) == {
         "service": {"namespace": "ns", "name": "web"},
         "localEndpoints": endpoints,
-        "serviceProxyHealthy": synced,
+        "serviceProxyHealthy": not late,
     }
 
 
+def pass_seconds(monkeypatch, seconds: float) -> None:
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+    monkeypatch.setattr(proxyhealth, "_now", lambda: later)
+
+
 def test_livez_ignores_the_node_and_healthz_does_not():
-    health = ProxyHealth()
-    health.updated()
+    health = proxy_health()
+    health.updated(4)
     health.node_eligible = False
-    assert health.node_answer(with_node=True).status == 503
-    assert health.node_answer(with_node=False).status == 200
+    assert health.healthz().status == 503
+    assert health.livez().status == 200
+    said = msgspec.json.decode(health.healthz().body)
+    assert (said["nodeEligible"], said["healthy"], said["status"]["IPv4"]["healthy"]) == (
+        False,
+        True,
+        True,
+    )
+    assert "nodeEligible" not in msgspec.json.decode(health.livez().body)
+
+
+def test_an_update_that_waits_too_long_makes_its_family_unwell(monkeypatch):
+    health = proxy_health()
+    health.queued()  # before the first sync: starting up is well
+    assert health.livez().status == 200
+    health.updated(4)
+    health.updated(6)
+    health.queued()
+    health.updated(6)
+    assert health.livez().status == 200
+    pass_seconds(monkeypatch, 61)
+    assert health.livez().status == 503
+    status = msgspec.json.decode(health.livez().body)["status"]
+    assert (status["IPv4"]["healthy"], status["IPv6"]["healthy"]) == (False, True)
 
 
 async def test_ports_are_taken_only_when_kube_proxy_is_gone_and_given_back():
-    health, port, failures = ProxyHealth(), free_port(), []
-    health.updated()
+    health, port, failures = proxy_health(), free_port(), []
+    health.updated(4)
     servers = ProxyHealthServers(health, lambda s, e: failures.append(s))
     servers.healthz_port = port
     task = asyncio.create_task(servers.run())
