@@ -98,6 +98,8 @@ static __always_inline int route_from_pod(struct __sk_buff *skb, struct flow *fl
         struct identity *who = identity_of(&flow->new_dst);
         if (who && who->flags & IDENTITY_POD)
             flow->action = ACT_NEIGH;
+        else if (!who && !own_address(&flow->new_dst) && in_service_range(&flow->new_dst))
+            return drop(COUNT_DROP_NO_SERVICE);
     }
     if (flow->action != ACT_STACK) {
         flow->reply_action = ACT_PEER;
@@ -167,8 +169,11 @@ static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flo
     if (target)
         return route_into_pod(skb, flow, target);
     struct frontend *frontend = find_frontend(flow);
-    if (!frontend)
+    if (!frontend) {
+        if (in_service_range(&flow->dst) && !own_address(&flow->dst))
+            return drop(COUNT_DROP_NO_SERVICE);
         return to_stack();
+    }
     int choice = choose(flow, frontend, &backend);
     if (choice == CHOICE_DROP)
         return TC_ACT_SHOT;

@@ -29,6 +29,12 @@ static __always_inline struct frontend *shared_node_port(const addr_t *dst, __be
     return frontend && !(frontend->flags & FRONTEND_EXTERNAL_LOCAL) ? frontend : NULL;
 }
 
+// An address that ClusterIPs are allocated from; the caller knows that no service has it.
+static __always_inline int in_service_range(const addr_t *a) {
+    struct cidr_key key = {.prefixlen = ADDR_BITS, .addr = *a};
+    return service_ranges.lookup(&key) != NULL;
+}
+
 // loadBalancerSourceRanges: only clients within one of the ranges.
 static __always_inline int client_allowed(const struct frontend *frontend, const addr_t *client) {
     if (!(frontend->flags & FRONTEND_SOURCE_RANGES))

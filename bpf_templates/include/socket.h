@@ -112,6 +112,13 @@ static __always_inline struct backend *choose_for_node(const struct settings *no
     return choose_backend(frontend, kind, &client, id);
 }
 
+// Of an address that no service has: may the socket go there? Not where only services are.
+static __always_inline int pass_by(const struct name *name) {
+    if (in_service_range(&name->addr) && !own_address(&name->addr) && !identity_of(&name->addr))
+        return refuse(HOST_UNREACHABLE);
+    return GO_ON;
+}
+
 static __always_inline int connect_to_service(struct bpf_sock_addr *ctx, int mapped) {
     struct settings *node = node_settings();
     struct name name = {};
@@ -120,7 +127,7 @@ static __always_inline int connect_to_service(struct bpf_sock_addr *ctx, int map
         return GO_ON;
     struct frontend *frontend = frontend_of_name(&name);
     if (!frontend)
-        return GO_ON;
+        return pass_by(&name);
     struct backend *backend = choose_for_node(node, frontend, &id);
     if (!backend)
         return refuse(frontend->flags & FRONTEND_INTERNAL_DROP ? HOST_UNREACHABLE
@@ -140,7 +147,7 @@ static __always_inline int send_to_service(struct bpf_sock_addr *ctx, int mapped
         return GO_ON;
     struct frontend *frontend = frontend_of_name(&name);
     if (!frontend)
-        return GO_ON;
+        return pass_by(&name);
 
     struct backend *backend = NULL;
     socket_key(ctx, SOCKET_CHOICE, &name.addr, name.port, &key);

@@ -340,6 +340,7 @@ class Counter(enum.IntEnum):
     ICMP_TRANSLATED = 16
     TTL_EXPIRED = 17
     TOO_BIG = 18
+    DROP_NO_SERVICE = 19
 
 
 class Jump(enum.IntEnum):
@@ -451,6 +452,7 @@ CONTROL_MAPS = (
     Map("affinity", MapType.LRU_HASH, AFFINITY_KEY, AFFINITY, 16384),
     Map("members", MapType.HASH, MEMBER_KEY, U32, 262144, NO_PREALLOC),
     Map("source_ranges", MapType.LPM_TRIE, SOURCE_RANGE_KEY, U32, 65536, NO_PREALLOC),
+    Map("service_ranges", MapType.LPM_TRIE, CIDR_KEY, U32, 256, NO_PREALLOC),
     Map("dsr_optout", MapType.LPM_TRIE, CIDR_KEY, U32, 256, NO_PREALLOC),
     Map("endpoints", MapType.HASH, ADDRESS_KEY, ENDPOINT, 4096, NO_PREALLOC),
     Map("identities", MapType.HASH, ADDRESS_KEY, IDENTITY, 524288, NO_PREALLOC),

@@ -140,6 +140,7 @@ class TestAgent:
             ("list", "services", "yes"),
             ("watch", "endpointslices.discovery.k8s.io", "yes"),
             ("watch", "networkpolicies.networking.k8s.io", "yes"),
+            ("watch", "servicecidrs.networking.k8s.io", "yes"),
             ("watch", "bpfdataplanes", "yes"),
             ("list", "pods", "yes"),
             ("get", "nodes/node-1", "yes"),

@@ -28,6 +28,7 @@ from bpfdp_agent.dataplane.programs import load
 
 SERVICE = {4: "10.96.0.10", 6: "fd96::10"}
 NODE = {4: "10.0.0.1", 6: "fd00::1"}
+CLEARED = (layouts.MapType.HASH, layouts.MapType.LRU_HASH, layouts.MapType.LPM_TRIE)
 OTHER_NODE = {4: "10.0.0.2", 6: "fd00::2"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
@@ -128,7 +129,7 @@ def sockets(attached: dict[int, Sockets], family: int) -> Sockets:
     """The family's, with empty maps. Both families' settings are those of the node."""
     for each in attached.values():
         for table in each.maps.values():
-            if table.layout.type in (layouts.MapType.HASH, layouts.MapType.LRU_HASH):
+            if table.layout.type in CLEARED:
                 for key in table.read():
                     syscall.map_delete(table.descriptor, key)
         each.settings(each.cookie)
@@ -197,6 +198,14 @@ def test_no_endpoint_is_refused_at_once(sockets: Sockets, kind: int) -> None:
     assert sockets.run(connect_error, kind, SERVICE[family], 80) == "ECONNREFUSED"
     sockets.service(SERVICE[family], 80, [], proto=proto, flags=layouts.FrontendFlag.INTERNAL_DROP)
     assert sockets.run(connect_error, kind, SERVICE[family], 80) == "EHOSTUNREACH"
+
+
+def test_an_address_that_no_service_has(sockets: Sockets) -> None:
+    family = sockets.family
+    bits = 8 * len(raw(SERVICE[family]))
+    sockets.put("service_ranges", {"prefixlen": bits, "addr": raw(SERVICE[family])}, value=1)
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        assert sockets.run(connect_error, kind, SERVICE[family], 80) == "EHOSTUNREACH"
 
 
 def test_undefined_port_of_a_cluster_ip(sockets: Sockets) -> None:

@@ -408,3 +408,26 @@ def test_another_nodes_choice_among_its_own_is_left_to_it(a: Node, cast: Address
     a.service([(None, NODEPORT)], [(cast.pod_y, 8080, None)], flags=flags)
     out = a.from_pod(Frame(cast.pod_x, cast.node_b, dport=NODEPORT), "podx")
     assert (out.verdict, out.frame.dst) == ("STACK", cast.node_b)
+
+
+@pytest.mark.parametrize("hook", ["from_pod", "from_net"])
+def test_an_address_that_no_service_has_is_dropped(a: Node, cast: Addresses, hook: str) -> None:
+    bits = 8 * len(raw(cast.service))
+    a.put("service_ranges", {"prefixlen": bits - 8, "addr": raw(cast.service)}, value=1)
+    frame = Frame(cast.pod_x if hook == "from_pod" else cast.client, cast.service)
+    out = a.from_pod(frame, "podx") if hook == "from_pod" else a.from_net(frame)
+    assert out.verdict == "DROP"
+    assert a.counters() == {"DROP_NO_SERVICE": 1}
+    a.service([(cast.service, 80)], [(cast.pod_y, 8080, None)])
+    again = a.from_pod(frame, "podx") if hook == "from_pod" else a.from_net(frame)
+    assert again.verdict == "REDIRECT"
+
+
+def test_a_service_range_over_pods_cuts_none(a: Node, cast: Addresses) -> None:
+    for address in (cast.pod_y, cast.pod_z, cast.node_a):
+        bits = 8 * len(raw(address))
+        a.put("service_ranges", {"prefixlen": bits, "addr": raw(address)}, value=1)
+    assert a.from_pod(Frame(cast.pod_x, cast.pod_y), "podx").verdict == "REDIRECT"
+    assert a.from_pod(Frame(cast.pod_x, cast.pod_z), "podx").verdict == "REDIRECT"
+    assert a.from_pod(Frame(cast.pod_x, cast.node_a), "podx").verdict == "STACK"
+    assert a.from_net(Frame(cast.client, cast.node_a)).verdict == "STACK"

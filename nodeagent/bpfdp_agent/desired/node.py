@@ -111,8 +111,8 @@ def _serves_node_ports(address: bytes, networks: list[tuple[int, bytes]]) -> boo
     return not networks or any(contains(n, address) for n in networks)
 
 
-def optout_entries(networks: Iterable[str], family: int) -> dict[bytes, bytes]:
-    """`dsr_optout` of a family."""
+def cidr_entries(networks: Iterable[str], family: int) -> dict[bytes, bytes]:
+    """`dsr_optout` or `service_ranges` of a family."""
     found = (cidr(text) for text in networks)
     return {
         CIDR_KEY.pack(family, prefixlen=n[0], addr=n[1]): U32.pack(family, value=1)

@@ -28,6 +28,7 @@ from bpfdp_agent.watch.wire import (
     ObjectKey,
     Pod,
     Service,
+    ServiceCIDR,
     Synced,
 )
 
@@ -51,6 +52,7 @@ class Changes(msgspec.Struct):
     namespaces: set[str] = msgspec.field(default_factory=set)
     policies: set[ObjectKey] = msgspec.field(default_factory=set)
     nodes: set[str] = msgspec.field(default_factory=set)
+    service_ranges: bool = False
     config: bool = False
 
     def __bool__(self) -> bool:
@@ -68,6 +70,7 @@ class ClusterView:
         self.namespaces: dict[str, Namespace] = {}
         self.node_objects: dict[str, Node] = {}
         self.policies: dict[ObjectKey, NetworkPolicy] = {}
+        self.service_ranges: dict[str, ServiceCIDR] = {}
         self.config: BpfDataplaneConfig | None = None
         self._changes = Changes()
         self._synced: set[Kind] = set()
@@ -142,6 +145,9 @@ class ClusterView:
                 if self.policies.get(found.key) != found:
                     self.policies[found.key] = found
                     self._changes.policies.add(found.key)
+            case ServiceCIDR():
+                self._changes.service_ranges |= self.service_ranges.get(found.key.name) != found
+                self.service_ranges[found.key.name] = found
             case BpfDataplaneConfig():
                 self._changes.config |= self.config != found
                 self.config = found
@@ -163,9 +169,15 @@ class ClusterView:
             case Kind.NETWORK_POLICY:
                 if self.policies.pop(key, None):
                     self._changes.policies.add(key)
-            case Kind.CONFIG:
-                self._changes.config |= self.config is not None
-                self.config = None
+            case _:
+                self._delete_setting(kind, key)
+
+    def _delete_setting(self, kind: Kind, key: ObjectKey) -> None:
+        if kind is Kind.SERVICE_CIDR and self.service_ranges.pop(key.name, None):
+            self._changes.service_ranges = True
+        elif kind is Kind.CONFIG:
+            self._changes.config |= self.config is not None
+            self.config = None
 
     def _set_slice(self, key: ObjectKey, new: EndpointSlice | None) -> None:
         old = self.slices.get(key)

@@ -12,8 +12,8 @@ from bpfdp_agent.dataplane.links import netns_cookie
 from bpfdp_agent.desired.node import (
     NodeFacts,
     as_text,
+    cidr_entries,
     node_entries,
-    optout_entries,
     own_address_entries,
     packed_all,
     settings_entries,
@@ -121,9 +121,17 @@ class NodeSync:
             own = own_address_entries(facts.addresses, family, config.node_port_addresses)
             operations += self._replace("own_addresses", family, own)
             operations += self._replace(
-                "dsr_optout", family, optout_entries(config.dsr_optout, family)
+                "dsr_optout", family, cidr_entries(config.dsr_optout, family)
             )
+            operations += self._write_service_ranges(family)
         return operations + self._replace("settings", 4, settings_entries(facts))
+
+    def _write_service_ranges(self, family: int) -> int:
+        view = self._around.view
+        if not view.synced(Kind.SERVICE_CIDR):
+            return 0
+        networks = [text for each in view.service_ranges.values() for text in each.spec.cidrs]
+        return self._replace("service_ranges", family, cidr_entries(networks, family))
 
     def _replace(self, name: str, family: int, desired: Mapping[bytes, bytes]) -> int:
         writes = replace(name, family, self._maps.read(name, family), desired)

@@ -134,7 +134,7 @@ class Session:
         if changes.services:
             self._services.changed(changes.services)
             self._loops["services"].wake()
-        if changes.nodes:
+        if changes.nodes or changes.service_ranges:
             self._loops["node"].wake()
         if self._around.view.nodes.own in changes.nodes:
             self._loops["kubeproxy"].wake()

@@ -50,6 +50,7 @@ _API_VERSIONS = {
     Kind.NAMESPACE: "v1",
     Kind.NODE: "v1",
     Kind.NETWORK_POLICY: "networking.k8s.io/v1",
+    Kind.SERVICE_CIDR: "networking.k8s.io/v1",
     Kind.CONFIG: "bpfdataplane.io/v1alpha1",
 }
 

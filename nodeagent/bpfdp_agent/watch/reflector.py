@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GONE = 410
+ABSENT = 404
 _REMEDIES = {
     401: "the agent's token is not accepted: check the ServiceAccount bpfdp-agent",
     403: "the agent's ClusterRole must allow get, list and watch of it",
@@ -82,6 +83,7 @@ class Timing(msgspec.Struct, frozen=True):
     short: float = 1.0
     first_wait: float = 0.5
     longest_wait: float = 30.0
+    absent: float = 300.0
 
 
 class RequestFailed(Exception):
@@ -110,6 +112,7 @@ class Reflector:
         self._known: dict[ObjectKey, str] = {}
         self._version = ""  # where the next watch starts; "": list first
         self._failures = 0
+        self._absent = False
 
     @property
     def kind(self) -> Kind:
@@ -144,6 +147,13 @@ class Reflector:
                 self._failures = 1
                 log.info("%s: the resourceVersion has expired, listing again", self.kind)
                 return
+        if error.code == ABSENT and self._resource.optional:
+            if not self._absent:
+                log.info("%s: this API server does not serve it; looked for again later", self.kind)
+            self._absent = True
+            await self._queue.put(Synced(self.kind))
+            await asyncio.sleep(self._timing.absent)
+            return
         remedy = _REMEDIES.get(error.code)
         await self._wait(f"{error} ({remedy})" if remedy else str(error))
 

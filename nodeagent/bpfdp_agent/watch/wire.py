@@ -23,6 +23,7 @@ class Kind(enum.StrEnum):
     NAMESPACE = "Namespace"
     NODE = "Node"
     NETWORK_POLICY = "NetworkPolicy"
+    SERVICE_CIDR = "ServiceCIDR"
     CONFIG = "BpfDataplaneConfig"
 
 
@@ -285,6 +286,18 @@ class Node(KubeObject, frozen=True):
     status: NodeStatus = NodeStatus()
 
 
+class ServiceCIDRSpec(Wire, frozen=True):
+    """`spec` of a ServiceCIDR."""
+
+    cidrs: tuple[str, ...] = ()
+
+
+class ServiceCIDR(KubeObject, frozen=True):
+    """networking.k8s.io/v1 ServiceCIDR: a range that ClusterIPs are allocated from."""
+
+    spec: ServiceCIDRSpec = ServiceCIDRSpec()
+
+
 # -- policy -----------------------------------------------------------------------------------
 
 
@@ -385,7 +398,14 @@ class BpfDataplaneConfig(KubeObject, frozen=True):
 
 
 AnyObject: TypeAlias = (
-    Service | EndpointSlice | Pod | Namespace | Node | NetworkPolicy | BpfDataplaneConfig
+    Service
+    | EndpointSlice
+    | Pod
+    | Namespace
+    | Node
+    | NetworkPolicy
+    | ServiceCIDR
+    | BpfDataplaneConfig
 )
 
 # -- events -----------------------------------------------------------------------------------
@@ -440,6 +460,8 @@ class Resource(msgspec.Struct, frozen=True):
     type: type[AnyObject]
     label_selector: str = ""
     field_selector: str = ""
+    optional: bool = False
+    """An API server without it is as good as one with an empty list."""
 
 
 _PROXIED = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"
@@ -463,6 +485,12 @@ RESOURCES = {
         Resource(Kind.NAMESPACE, "/api/v1/namespaces", Namespace),
         Resource(Kind.NODE, "/api/v1/nodes", Node),
         Resource(Kind.NETWORK_POLICY, "/apis/networking.k8s.io/v1/networkpolicies", NetworkPolicy),
+        Resource(
+            Kind.SERVICE_CIDR,
+            "/apis/networking.k8s.io/v1/servicecidrs",
+            ServiceCIDR,
+            optional=True,
+        ),
         Resource(
             Kind.CONFIG,
             "/apis/bpfdataplane.io/v1alpha1/bpfdataplanes",

@@ -8,8 +8,8 @@ from bpfdp_agent.desired.node import (
     NODE_PORTS,
     OWN,
     NodeFacts,
+    cidr_entries,
     node_entries,
-    optout_entries,
     own_address_entries,
     packed_all,
     settings_entries,
@@ -62,9 +62,9 @@ def test_other_nodes_serve_node_ports_on_the_addresses_that_are_asked_for():
 
 
 def test_optouts_are_kept_apart_by_family():
-    (key,) = optout_entries(("10.0.0.0/8", "fd00::/8"), 4)
+    (key,) = cidr_entries(("10.0.0.0/8", "fd00::/8"), 4)
     assert CIDR_KEY.unpack(4, key) == {"prefixlen": 8, "addr": bytes([10, 0, 0, 0])}
-    assert len(optout_entries(("10.0.0.0/8", "fd00::/8"), 6)) == 1
+    assert len(cidr_entries(("10.0.0.0/8", "fd00::/8"), 6)) == 1
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class FakeApi:
         self.requests: list[dict[str, str]] = []
         self.expire_continue = 0
         self.fail_lists = 0
+        self.fail_code = 403
         self.live: asyncio.Queue = asyncio.Queue()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -47,7 +48,7 @@ class FakeApi:
         if self.fail_lists:
             self.fail_lists -= 1
             return web.json_response(
-                {"kind": "Status", "code": 403, "message": "forbidden"}, status=403
+                {"kind": "Status", "code": self.fail_code, "message": "no"}, status=self.fail_code
             )
         start = int(query.get("continue", "0"))
         if start and self.expire_continue:
@@ -92,9 +93,9 @@ class FakeApi:
 
 
 @contextlib.asynccontextmanager
-async def reflecting(api: FakeApi, timing: Timing = FAST):
+async def reflecting(api: FakeApi, timing: Timing = FAST, kind: Kind = Kind.SERVICE):
     app = web.Application()
-    app.router.add_get(PATH, api.handle)
+    app.router.add_get(RESOURCES[kind].path, api.handle)
     server = TestServer(app)
     await server.start_server()
 
@@ -103,7 +104,7 @@ async def reflecting(api: FakeApi, timing: Timing = FAST):
 
     connection = Connection(aiohttp.ClientSession(), str(server.make_url("")), authorize)
     queue: asyncio.Queue = asyncio.Queue()
-    task = asyncio.create_task(Reflector(RESOURCES[Kind.SERVICE], connection, queue, timing).run())
+    task = asyncio.create_task(Reflector(RESOURCES[kind], connection, queue, timing).run())
     try:
         yield queue
     finally:
@@ -274,6 +275,15 @@ async def test_refusals_are_retried_and_say_what_to_do(caplog):
     async with reflecting(api) as queue:
         assert await briefs(queue, 1) == [("Synced",)]
     assert "ClusterRole must allow get, list and watch" in caplog.text
+
+
+async def test_a_kind_that_may_be_absent_is_as_good_as_empty(caplog):
+    api = FakeApi()
+    api.fail_lists, api.fail_code = 2, 404
+    timing = msgspec.structs.replace(FAST, absent=0.01)
+    async with reflecting(api, timing, Kind.SERVICE_CIDR) as queue:
+        assert await briefs(queue, 3) == [("Synced",)] * 3
+    assert "trying again" not in caplog.text
 
 
 async def test_a_server_that_always_says_expired_is_not_hammered():
