@@ -62,7 +62,8 @@ static __always_inline int choose(struct flow *flow, struct frontend *frontend,
         count(COUNT_DROP_SOURCE_RANGE);
         return CHOICE_DROP;
     }
-    struct backend *chosen = choose_backend(frontend, kind, &flow->src, &id);
+    __u32 hash = choice_hash(frontend, &flow->src, &flow->dst, flow->sport << 16 | flow->dport);
+    struct backend *chosen = choose_backend(frontend, kind, &flow->src, hash, &id);
     if (!chosen) {
         if (!(silent == ~0 || frontend->flags & silent))
             return CHOICE_REJECT;

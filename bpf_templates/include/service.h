@@ -58,11 +58,48 @@ static __always_inline struct backend *affine_backend(const struct frontend *fro
     return backends.lookup(id);
 }
 
+// Every bit of the word reaches the hash's low byte (the constants are MurmurHash3's).
+static __always_inline __u32 mix(__u32 hash, __u32 word) {
+    hash = (hash ^ word) * 0x85ebca6b;
+    hash = (hash ^ hash >> 13) * 0xc2b2ae35;
+    return hash ^ hash >> 16;
+}
+
+// What a flow's choice is made by. With Maglev all nodes choose alike: by the flow, or with
+// affinity by the client alone. `ports`: source and destination; 0 where they are not known yet,
+// for a socket that connects.
+static __always_inline __u32 choice_hash(const struct frontend *frontend, const addr_t *client,
+                                         const addr_t *service, __u32 ports) {
+    struct settings *node = node_settings();
+    if (!ports || !node || !(node->flags & SETTINGS_MAGLEV))
+        return bpf_get_prandom_u32();
+    __u32 hash = 1;
+    for (int i = 0; i < ADDR_WORDS; i++)
+        hash = mix(hash, client->w[i]);
+    if (frontend->affinity_seconds)
+        return hash;
+    for (int i = 0; i < ADDR_WORDS; i++)
+        hash = mix(hash, service->w[i]);
+    return mix(hash, ports);
+}
+
+static __always_inline __u32 slot_of(__u32 list, __u32 size, __u32 hash) {
+    struct list_key key = {.list = list};
+    struct settings *node = node_settings();
+    if (node && node->flags & SETTINGS_MAGLEV) {
+        struct maglev_table *table = maglev.lookup(&key);
+        if (table)
+            return table->slots[hash & (MAGLEV_SIZE - 1)];
+    }
+    return hash % size;
+}
+
 // One backend of a list with `size` slots. A slot can be missing while the list shrinks: the first
 // one is missing last.
-static __always_inline struct backend *random_backend(__u32 list, __u32 size, __u32 *id) {
+static __always_inline struct backend *listed_backend(__u32 list, __u32 size, __u32 hash,
+                                                      __u32 *id) {
     struct slot_key slot = {.list = list};
-    slot.slot = bpf_get_prandom_u32() % size;
+    slot.slot = slot_of(list, size, hash);
     __u32 *found = slots.lookup(&slot);
     if (!found) {
         slot.slot = 0;
@@ -75,20 +112,20 @@ static __always_inline struct backend *random_backend(__u32 list, __u32 size, __
 }
 
 static __always_inline struct backend *choose_backend(const struct frontend *frontend, __u32 kind,
-                                                      const addr_t *client, __u32 *id) {
+                                                      const addr_t *client, __u32 hash, __u32 *id) {
     __u32 size = kind == LIST_LOCAL ? frontend->local_count : frontend->cluster_count;
     __u32 list = frontend->service * 2 + kind;
     struct backend *backend = NULL;
     if (!size)
         return NULL;
     if (!frontend->affinity_seconds)
-        return random_backend(list, size, id);
+        return listed_backend(list, size, hash, id);
 
     struct affinity_key key = {.client = *client, .service = frontend->service};
     __u64 now = bpf_ktime_get_coarse_ns();
     backend = affine_backend(frontend, list, &key, now, id);
     if (!backend)
-        backend = random_backend(list, size, id);
+        backend = listed_backend(list, size, hash, id);
     if (backend) {
         struct affinity seen = {.last_seen = now, .backend = *id};
         affinity.update(&key, &seen);

@@ -109,7 +109,7 @@ static __always_inline struct backend *choose_for_node(const struct settings *no
     node_address(node, &client);
     if (!client_allowed(frontend, &client))
         return NULL;
-    return choose_backend(frontend, kind, &client, id);
+    return choose_backend(frontend, kind, &client, bpf_get_prandom_u32(), id);
 }
 
 // Of an address that no service has: may the socket go there? Not where only services are.

@@ -108,6 +108,7 @@ class ServicesSpec(_Wire, frozen=True):
     """`spec.services`."""
 
     external_service_mode: Literal["Tunnel", "DSR"] = "Tunnel"
+    algorithm: Literal["Random", "Maglev"] = "Random"
     dsr_opt_out_cidrs: tuple[str, ...] = msgspec.field(name="dsrOptOutCIDRs", default=())
     node_port_range: str = "30000-32767"
     node_port_addresses: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ class Config(msgspec.Struct, frozen=True):
     detach: bool = False
     kube_proxy_state: str = "Running"
     dsr: bool = False
+    maglev: bool = False
     dsr_optout: tuple[str, ...] = ()
     node_port_range: tuple[int, int] = (30000, 32767)
     node_port_addresses: tuple[str, ...] = ()
@@ -199,6 +201,7 @@ def runtime_config(obj: BpfDataplaneConfig) -> Config:
         detach=obj.status.agents.mode == "Detach",
         kube_proxy_state=obj.status.kube_proxy.state,
         dsr=spec.services.external_service_mode == "DSR",
+        maglev=spec.services.algorithm == "Maglev",
         dsr_optout=_cidrs("spec.services.dsrOptOutCIDRs", spec.services.dsr_opt_out_cidrs),
         node_port_range=_port_range(spec.services.node_port_range),
         node_port_addresses=_cidrs(

@@ -217,6 +217,10 @@ BACKEND = struct_of(
     flags="u16",
     node="bytes16",  # address of the backend's node, IPv4 as ::ffff:a.b.c.d; zero: unknown or local
 )
+LIST_KEY = struct_of("list_key", list="u32")
+MAGLEV_SIZE = 256  # a power of two: the place is the hash's low byte
+MAGLEV = struct_of("maglev_table", slots=f"bytes{MAGLEV_SIZE}")
+"""Where the algorithm is Maglev: slots by hash, for lists of 2 to MAGLEV_SIZE backends."""
 AFFINITY_KEY = struct_of("affinity_key", client="addr", service="u32")
 AFFINITY = struct_of("affinity", last_seen="u64", backend="u32", pad="u32")
 MEMBER_KEY = struct_of("member_key", list="u32", backend="u32")
@@ -274,6 +278,7 @@ class SettingsFlag(enum.IntFlag):
 
     DSR = 1
     POLICY_DISABLED = 2
+    MAGLEV = 4
 
 
 # -- flows: the packet path's own ---------------------------------------------------------------
@@ -449,6 +454,7 @@ CONTROL_MAPS = (
     Map("frontends", MapType.HASH, FRONTEND_KEY, FRONTEND, 65536, NO_PREALLOC),
     Map("slots", MapType.HASH, SLOT_KEY, U32, 524288, NO_PREALLOC),
     Map("backends", MapType.HASH, INDEX, BACKEND, 262144, NO_PREALLOC),
+    Map("maglev", MapType.HASH, LIST_KEY, MAGLEV, 131072, NO_PREALLOC),
     Map("affinity", MapType.LRU_HASH, AFFINITY_KEY, AFFINITY, 16384),
     Map("members", MapType.HASH, MEMBER_KEY, U32, 262144, NO_PREALLOC),
     Map("source_ranges", MapType.LPM_TRIE, SOURCE_RANGE_KEY, U32, 65536, NO_PREALLOC),
@@ -498,5 +504,6 @@ def constants_source() -> str:
     constants = {f"{prefix}_{m.name}": int(m) for prefix, e in _ENUMS for m in e} | {
         "POLICY_SLOT_ALLOW": POLICY_SLOT_ALLOW,
         "POLICY_SLOT_DENY": POLICY_SLOT_DENY,
+        "MAGLEV_SIZE": MAGLEV_SIZE,
     }
     return "".join(f"#define {name} {value}\n" for name, value in constants.items())

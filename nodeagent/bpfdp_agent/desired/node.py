@@ -46,6 +46,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     """The node's own, the main one of each family first."""
     dsr: bool = False
     policy_disabled: bool = False
+    maglev: bool = False
 
 
 def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
@@ -55,6 +56,8 @@ def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
         flags |= SettingsFlag.DSR
     if facts.policy_disabled:
         flags |= SettingsFlag.POLICY_DISABLED
+    if facts.maglev:
+        flags |= SettingsFlag.MAGLEV
     value = SETTINGS.pack(
         4,
         host_netns_cookie=facts.netns_cookie,

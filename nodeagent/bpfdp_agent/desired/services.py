@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
+from bpfdp_agent.desired.maglev import LARGEST, lookup_table
 from bpfdp_agent.diff.tables import SERVICE_MAPS, Delta, Writes, difference, service_writes
 from bpfdp_agent.layouts import (
     BACKEND,
     FRONTEND,
     FRONTEND_KEY,
     INDEX,
+    LIST_KEY,
+    MAGLEV,
     MEMBER_KEY,
     SLOT_KEY,
     SOURCE_RANGE_KEY,
@@ -124,10 +127,11 @@ class _Adopted(msgspec.Struct):
 
 
 class ServiceTables:
-    """Frontends, slots, backends, members and source ranges of one family."""
+    """Frontends, slots, Maglev tables, backends, members and source ranges of one family."""
 
     def __init__(self, family: int) -> None:
         self._family = family
+        self._maglev = False
         self._tables: dict[str, dict[bytes, bytes]] = {name: {} for name in SERVICE_MAPS}
         self._pending: dict[str, dict[bytes, bytes | None]] = {}
         self._ports: dict[ServicePortKey, _Port] = {}
@@ -296,7 +300,24 @@ class ServiceTables:
             set(written) if old.affinity_seconds else set(),
             set(after) if port.wanted.affinity_seconds else set(),
         )
+        self._set_lookup_table(list_id, after)
         port.lists[kind] = after
+
+    def use_maglev(self, wanted: bool) -> None:
+        """Whether lists have Maglev tables; the next update or start writes what that changes."""
+        if wanted != self._maglev:
+            self._maglev = wanted
+            for port in self._ports.values():
+                for kind, backends in port.lists.items():
+                    self._set_lookup_table(port.id * 2 + kind, backends)
+
+    def _set_lookup_table(self, list_id: int, backends: list[Place]) -> None:
+        key = LIST_KEY.pack(self._family, list=list_id)
+        if self._maglev and 1 < len(backends) <= LARGEST:
+            table = MAGLEV.pack(self._family, slots=lookup_table(backends))
+            self._want("maglev", key, table)
+        elif key in self._tables["maglev"]:
+            self._want("maglev", key, None)
 
     def _set_members(self, list_id: int, old: set[Place], new: set[Place]) -> None:
         """What affinity may still choose; written only for services with affinity."""

@@ -65,9 +65,11 @@ SERVICE_PHASES = (
     ("frontends", "deletes"),
     ("backends", "puts"),
     ("slots", "puts"),
+    ("maglev", "puts"),
     ("members", "puts"),
     ("source_ranges", "puts"),
     ("frontends", "puts"),
+    ("maglev", "deletes"),
     ("slots", "deletes"),
     ("members", "deletes"),
     ("source_ranges", "deletes"),
@@ -79,7 +81,7 @@ A reader that took a frontend just before a put may find its slot gone already: 
 take slot 0, which goes last (bpf_templates/include/service.h).
 """
 
-SERVICE_MAPS = ("frontends", "slots", "backends", "members", "source_ranges")
+SERVICE_MAPS = ("frontends", "slots", "maglev", "backends", "members", "source_ranges")
 
 
 def service_writes(family: int, deltas: Mapping[str, Delta]) -> Writes:

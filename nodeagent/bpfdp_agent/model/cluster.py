@@ -173,8 +173,9 @@ class ClusterView:
                 self._delete_setting(kind, key)
 
     def _delete_setting(self, kind: Kind, key: ObjectKey) -> None:
-        if kind is Kind.SERVICE_CIDR and self.service_ranges.pop(key.name, None):
-            self._changes.service_ranges = True
+        if kind is Kind.SERVICE_CIDR:
+            self._changes.service_ranges |= key.name in self.service_ranges
+            self.service_ranges.pop(key.name, None)
         elif kind is Kind.CONFIG:
             self._changes.config |= self.config is not None
             self.config = None

@@ -100,6 +100,7 @@ class NodeSync:
             addresses=self.addresses,
             dsr=config.dsr,
             policy_disabled=not config.policy_enabled,
+            maglev=config.maglev,
         )
         operations = self._write_maps(config, facts)
         texts = sorted(as_text(a) for a in facts.addresses)

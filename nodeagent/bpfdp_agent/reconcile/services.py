@@ -21,6 +21,7 @@ from bpfdp_agent.watch.wire import EndpointSlice, Kind, ObjectKey, Service
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from bpfdp_agent.config import Config
     from bpfdp_agent.dataplane.maps import MapStore
     from bpfdp_agent.diff.tables import Writes
     from bpfdp_agent.model.cluster import ClusterView
@@ -51,6 +52,7 @@ class ServiceSync:
         self._synced = synced
         self._tables = {family: ServiceTables(family) for family in FAMILIES}
         self._dirty: set[ObjectKey] = set()
+        self._maglev = False
         self._started = False
         self.complete = False
         self._begun: set[int] = set()
@@ -61,6 +63,10 @@ class ServiceSync:
         self._health_checks: dict[ObjectKey, ServiceHealth] = {}
         self._no_local: dict[int, dict[ObjectKey, tuple[str, ...]]] = {f: {} for f in FAMILIES}
         self._latency = ProgrammingLatency()
+
+    def configure(self, config: Config) -> None:
+        """Take a new config."""
+        self._maglev = config.maglev
 
     def changed(self, services: Iterable[ObjectKey]) -> None:
         """These, or their endpoints, are others now."""
@@ -135,6 +141,7 @@ class ServiceSync:
 
     def _changes(self, family: int, views: dict[ObjectKey, ServiceView]) -> Writes:
         tables = self._tables[family]
+        tables.use_maglev(self._maglev)
         if family not in self._begun:
             actual = self._actual(family)
             self._begun.add(family)

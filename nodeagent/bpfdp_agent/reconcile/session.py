@@ -121,12 +121,13 @@ class Session:
         if old.map_sizes != config.map_sizes:
             log.warning("map and conntrack sizes changed: they hold from the agent's next start on")
         self._node.configure(config)
+        self._services.configure(config)
         self._hooks.configure(config)
         self._kube_proxy.configure(config)
         if old.data_pattern != config.data_pattern:
             self._tasks["links"].cancel()
             self._follow_links()
-        for name in ("node", "hooks", "kubeproxy"):
+        for name in ("services", "node", "hooks", "kubeproxy"):
             self._loops[name].wake()
 
     def changed(self, changes: Changes) -> None:
