@@ -58,6 +58,15 @@ class _Claim(NamedTuple):
     value: bytes
 
 
+class Refusal(NamedTuple):
+    """A service that there is no room for: in which map, which would have to hold `needs`."""
+
+    wanted: ServiceView
+    map: str
+    needs: int
+    limit: int
+
+
 class _Port(msgspec.Struct):
     """A service port as the maps have it. `lists`: backends by slot."""
 
@@ -142,6 +151,9 @@ class ServiceTables:
         self._service_ids = _Ids(_MAX_SERVICE_ID)
         self._backend_ids = _Ids(_MAX_BACKEND_ID)
         self._adopted = _Adopted()
+        self._views: dict[ObjectKey, ServiceView] = {}
+        self._refused: dict[ObjectKey, Refusal] = {}
+        self._limits: dict[str, int] = {}
         self._touched_claims: set[bytes] = set()
         self._touched_places: set[Place] = set()
 
@@ -172,12 +184,52 @@ class ServiceTables:
         return self.resync(actual)
 
     def update(self, views: Mapping[ObjectKey, ServiceView]) -> Writes:
-        """Take changed services (an empty view for one that is gone); the writes they need."""
-        for service, view in views.items():
-            self._set_service(service, view)
+        """Take changed services (an empty view for one that is gone); the writes they need.
+
+        A service that a map has no room for stays as it was, whole, and is in `refused`; it is
+        tried again when something else went.
+        """
+        deltas = {name: Delta() for name in SERVICE_MAPS}
+        self._flush(deltas)
+        for service in sorted(views, key=lambda each: self._turn(each, views[each])):
+            self._admit(service, views[service], deltas)
+        if any(delta.deletes for delta in deltas.values()):
+            for service in [s for s in sorted(self._refused) if s not in views]:
+                self._admit(service, self._refused[service].wanted, deltas)
+        return service_writes(self._family, deltas)
+
+    def _turn(self, service: ObjectKey, view: ServiceView) -> tuple[bool, str, ObjectKey]:
+        """Who comes first where there is not room for all: what the maps have, then the oldest."""
+        keys = (self._frontend_key(p, n) for p in view.ports for n in range(len(p.frontends)))
+        known = service in self._ports_of or any(k in self._adopted.services for k in keys)
+        return not known, min((p.created for p in view.ports), default=""), service
+
+    def _admit(self, service: ObjectKey, view: ServiceView, deltas: dict[str, Delta]) -> None:
+        """Take a service's view, or leave it as it is where that does not fit."""
+        self._refused.pop(service, None)
+        before = self._views.get(service, ServiceView())
+        sizes = {name: len(table) for name, table in self._tables.items()}
+        self._put_service(service, view, deltas)
+        over = next((n for n, s in sizes.items() if self._exceeds(n, s)), None)
+        if over is None or service == API_SERVER:
+            return
+        needs = len(self._tables[over])
+        self._put_service(service, before, deltas)
+        self._refused[service] = Refusal(view, over, needs, self._limits[over])
+
+    def _exceeds(self, name: str, before: int) -> bool:
+        now, limit = len(self._tables[name]), self._limits.get(name)
+        return limit is not None and now > limit and now > before
+
+    def _put_service(self, service: ObjectKey, view: ServiceView, deltas: dict[str, Delta]) -> None:
+        if view.ports:
+            self._views[service] = view
+        else:
+            self._views.pop(service, None)
+        self._set_service(service, view)
         self._settle_frontends()
         self._settle_backends()
-        return service_writes(self._family, self._flush())
+        self._flush(deltas)
 
     def resync(self, actual: Mapping[str, Mapping[bytes, bytes]]) -> Writes:
         """What brings the maps from any content (an interrupted write's, say) to the desired."""
@@ -187,6 +239,15 @@ class ServiceTables:
     def table(self, name: str) -> Mapping[bytes, bytes]:
         """What a map should hold."""
         return self._tables[name]
+
+    def limit(self, limits: Mapping[str, int]) -> None:
+        """How many entries each map can hold; from now on none is asked to hold more."""
+        self._limits = dict(limits)
+
+    @property
+    def refused(self) -> Mapping[ObjectKey, Refusal]:
+        """Services that are not served, or not as they are now, for lack of room."""
+        return self._refused
 
     @property
     def services(self) -> int:
@@ -405,20 +466,19 @@ class ServiceTables:
     def _want(self, name: str, key: bytes, value: bytes | None) -> None:
         self._pending.setdefault(name, {})[key] = value
 
-    def _flush(self) -> dict[str, Delta]:
-        """What is pending, less what is there already; from now on it is what is there."""
-        deltas = {}
+    def _flush(self, deltas: dict[str, Delta]) -> None:
+        """What is pending, less what is there already, to `deltas`; from now on it is there."""
         for name, entries in self._pending.items():
-            table, delta = self._tables[name], Delta()
+            table, delta = self._tables[name], deltas[name]
             for key, value in entries.items():
                 if value is None:
                     if table.pop(key, None) is not None:
                         delta.deletes.add(key)
+                        delta.puts.pop(key, None)
                 elif table.get(key) != value:
                     table[key] = delta.puts[key] = value
-            deltas[name] = delta
+                    delta.deletes.discard(key)
         self._pending = {}
-        return deltas
 
     # -- bytes ----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bpfdp_agent.config import Config
     from bpfdp_agent.dataplane.maps import MapStore
+    from bpfdp_agent.desired.services import Refusal
     from bpfdp_agent.diff.tables import Writes
     from bpfdp_agent.model.cluster import ClusterView
     from bpfdp_agent.model.services import ServiceView
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 
 NEEDS = (Kind.SERVICE, Kind.ENDPOINT_SLICE, Kind.NODE)
 """Lists that must be complete before anything is deleted from the maps."""
+
+
+MOST_EVENTS = 10
+"""In one round, where many Services have the same fault."""
 
 
 class ServiceSync:
@@ -142,6 +147,7 @@ class ServiceSync:
     def _changes(self, family: int, views: dict[ObjectKey, ServiceView]) -> Writes:
         tables = self._tables[family]
         tables.use_maglev(self._maglev)
+        tables.limit({n: self._maps[n, family].info.max_entries for n in SERVICE_MAPS})
         if family not in self._begun:
             actual = self._actual(family)
             self._begun.add(family)
@@ -170,11 +176,31 @@ class ServiceSync:
         keys = [key for step in writes if step.map == "backends" for key in step.deletes]
         return {key: value for key in keys if (value := backends.lookup(key)) is not None}
 
+    def _tell_refused(self) -> None:
+        """Services that do not fit: each is named once, in an Event and in the condition."""
+        refused = {
+            (key, family): refusal
+            for family, tables in self._tables.items()
+            for key, refusal in tables.refused.items()
+        }
+        told = {which: _no_room(r, which[1]) for which, r in refused.items()}
+        for (key, _), why in sorted(told.items())[:MOST_EVENTS]:
+            self._around.events.warning(ref_of(Kind.SERVICE, key), "MapFull", why)
+        status = self._around.status
+        if not told:
+            status.condition(
+                "ServicesSynced", True, "Synced", "Every Service and its endpoints are in the maps."
+            )
+            return
+        names = _names({key for key, _ in told})
+        first = told[min(told)]
+        status.condition("ServicesSynced", False, "MapFull", f"{names}: {first}")
+
     def _tell_full(self, error: BpfError, dirty: set[ObjectKey]) -> None:
         self._around.status.condition(
             "ServicesSynced", False, "MapFull", f"{_names(dirty)}: {error}"
         )
-        for key in sorted(dirty)[:10]:
+        for key in sorted(dirty)[:MOST_EVENTS]:
             self._around.events.warning(ref_of(Kind.SERVICE, key), "MapFull", str(error))
 
     def _follow(self, family: int, views: dict[ObjectKey, ServiceView]) -> None:
@@ -208,9 +234,7 @@ class ServiceSync:
             services=len({key for key, _ in self._served}),
             backends=sum(t.backends for t in self._tables.values()),
         )
-        around.status.condition(
-            "ServicesSynced", True, "Synced", "Every Service and its endpoints are in the maps."
-        )
+        self._tell_refused()
         around.proxy.set_services(self._health_checks.values())
         around.metrics.proxy.all_synced()
         around.proxy_servers.wake.set()
@@ -247,6 +271,17 @@ def policies_without_endpoint(view: ServiceView) -> tuple[str, ...]:
 
 
 _POLICIES = ((FrontendFlag.INTERNAL_DROP, "internal"), (FrontendFlag.EXTERNAL_DROP, "external"))
+
+
+def _no_room(refusal: Refusal, family: int) -> str:
+    return (
+        f"no room in the map {refusal.map}{family}: it would have to hold {refusal.needs} entries"
+        f" and can hold {refusal.limit}; what was served before goes on. Raise"
+        f" spec.maps.{FIELDS.get(refusal.map, refusal.map)} of BpfDataplaneConfig default"
+    )
+
+
+FIELDS = {"source_ranges": "sourceRanges"}
 
 
 def _names(keys: set[ObjectKey]) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from bpfdp_agent.bpf.errors import BpfError, MapFull
+from bpfdp_agent.diff.tables import SERVICE_MAPS
 from bpfdp_agent.layouts import FRONTEND, FRONTEND_KEY
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.reconcile.services import NEEDS, ServiceSync
@@ -26,6 +27,7 @@ class FakeMaps:
         self.content: dict[tuple[str, int], dict[bytes, bytes]] = {}
         self.full = ""
         self.full_in = (4, 6)
+        self.limits: dict[str, int] = {}
 
     def read(self, name, family):
         return dict(self.content.get((name, family), {}))
@@ -39,7 +41,10 @@ class FakeMaps:
             table.pop(key, None)
 
     def __getitem__(self, which):
-        return SimpleNamespace(lookup=lambda key: self.content.get(which, {}).get(key))
+        return SimpleNamespace(
+            lookup=lambda key: self.content.get(which, {}).get(key),
+            info=SimpleNamespace(max_entries=self.limits.get(which[0], 1 << 20)),
+        )
 
 
 class FakeEvents:
@@ -170,6 +175,60 @@ async def test_a_full_map_is_told_of_and_healed():
     await bench.sync.reconcile()
     assert bench.size("backends") == 2
     assert bench.status.is_true("ServicesSynced")
+
+
+async def test_a_service_that_does_not_fit_is_refused_whole_and_named():
+    bench = Bench()
+    bench.maps.limits = {"backends": 3}
+    bench.give(*web(1), *web(2))
+    await bench.sync.reconcile()
+    before = {name: bench.maps.read(name, 4) for name in SERVICE_MAPS}
+    bench.give(*web(3))
+    await bench.sync.reconcile()
+    assert {name: bench.maps.read(name, 4) for name in SERVICE_MAPS} == before
+    condition = bench.status.get("ServicesSynced")
+    assert (condition.status, condition.reason) == ("False", "MapFull")
+    for part in ("Service ns/web3", "backends4", "spec.maps.backends"):
+        assert part in condition.message
+    assert bench.events.told == [("Service ns/web3", "MapFull")]
+    # another service changes all the same, and when one goes there is room
+    bench.give(added(service("web2", "10.96.1.22")))
+    await bench.sync.reconcile()
+    assert FRONTEND_KEY.pack(4, addr=bytes([10, 96, 1, 22]), port=80, proto=6) in bench.maps.read(
+        "frontends", 4
+    )
+    bench.give(deleted(service("web1", "10.96.1.1")))
+    await bench.sync.reconcile()
+    assert bench.status.is_true("ServicesSynced")
+    assert bench.size("backends") == 3
+
+
+async def test_an_endpoint_too_many_leaves_the_service_as_it_was():
+    bench = Bench()
+    bench.maps.limits = {"slots": 2}
+    bench.give(*web(1))
+    await bench.sync.reconcile()
+    many = [endpoint(f"10.0.0.{n}") for n in range(1, 6)]
+    bench.give(added(endpoint_slice(many, "web1")))
+    await bench.sync.reconcile()
+    assert (bench.size("slots"), bench.size("backends")) == (2, 2)
+    bench.maps.limits = {}
+    bench.give(deleted(service("web9", "10.96.1.9")), added(service("web1", "10.96.1.11")))
+    await bench.sync.reconcile()
+    assert bench.size("slots") == 5
+
+
+async def test_after_a_restart_what_was_served_comes_first():
+    bench = Bench()
+    bench.maps.limits = {"backends": 2}
+    bench.give(*web(2))
+    await bench.sync.reconcile()
+    bench.give(*web(1))
+    bench.fresh()
+    bench.sync.changed(bench.view.services)
+    await bench.sync.reconcile()
+    assert "web1" in bench.status.get("ServicesSynced").message
+    assert bench.size("backends") == 2
 
 
 def dual_stack():
