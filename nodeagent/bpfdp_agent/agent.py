@@ -18,7 +18,10 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from bpfdp_agent.bpf import features
+from bpfdp_agent.bpf.errors import MapFull
 from bpfdp_agent.config import Config, ConfigError, ProcessSettings, runtime_config
 from bpfdp_agent.dataplane.pins import Pins, listing
 from bpfdp_agent.model.cluster import ClusterView
@@ -57,6 +60,7 @@ class Agent:
         self._config: Config | None = None
         self._supported = False
         self._session: Session | None = None
+        self._impossible_sizes: tuple[tuple[str, int], ...] = ()
         self._malformed: set[tuple[Kind, ObjectKey]] = set()
         metrics = Metrics()
         proxy = ProxyHealth(metrics.proxy)
@@ -231,15 +235,44 @@ class Agent:
         return 0
 
     async def _attach(self, config: Config) -> None:
+        if self._session is not None and self._session.map_sizes != config.map_sizes:
+            config = await self._resize(self._session, config)
         if self._session is None:
-            session = self._session = Session(self._around, self._health, config)
-            try:
-                await session.start()
-            except BaseException:
-                self._session = None
-                await session.stop()
-                raise
-        self._session.configure(config)
+            await self._begin(config)
+        if self._session is not None:
+            self._session.configure(config)
+
+    async def _begin(self, config: Config) -> None:
+        session = self._session = Session(self._around, self._health, config)
+        try:
+            await session.start()
+        except BaseException:
+            self._session = None
+            await session.stop()
+            raise
+
+    async def _resize(self, session: Session, config: Config) -> Config:
+        """Another session with maps of the sizes asked for; programs forward all the while.
+
+        Where what is in a map does not fit, the old sizes stay. Returns the config in force.
+        """
+        old = session.map_sizes
+        if config.map_sizes == self._impossible_sizes:
+            return msgspec.structs.replace(config, map_sizes=old)
+        log.info("map sizes changed: the maps are copied, the programs loaded anew")
+        await session.stop()
+        self._session = None
+        ref = str(ref_of(Kind.CONFIG, ObjectKey("", "default")))
+        try:
+            await self._begin(config)
+            self._around.status.clear_error(ref)
+        except MapFull as error:
+            self._impossible_sizes = config.map_sizes
+            message = f"spec.maps: {error}: the sizes stay as they were. Ask for more"
+            self._around.status.error("MapFull", message, ref)
+            config = msgspec.structs.replace(config, map_sizes=old)
+            await self._begin(config)
+        return config
 
     async def _detach(self, config: Config) -> None:
         session, detached = self._session, self._around.status.get("Attached")

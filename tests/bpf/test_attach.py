@@ -197,6 +197,11 @@ def test_maps_are_adopted_with_their_content(pins):
     second.open()
     assert second.read("own_addresses", 4) == {key: entry}
     assert second["own_addresses", 4].info.max_entries == 32
+    late = {ADDRESS_KEY.pack(4, addr=bytes([10, 0, 0, 2])): entry}
+    outgrown, _ = second._outgrown[0]
+    outgrown.write(late)  # by a program that is still attached
+    assert second.carry_over() == 1
+    assert second.read("own_addresses", 4) == {key: entry, **late}
     assert second["nodes", 4] is second["nodes", 6]
     assert second.stale_pins() == []
     syscall.obj_pin(second["nodes", 4].descriptor, pins.maps / "nodes_v0")

@@ -131,6 +131,7 @@ class MapStore:
         self._layouts = maps
         self._sizes = dict(sizes or {})
         self._open: dict[tuple[str, int], OpenMap] = {}
+        self._outgrown: list[tuple[OpenMap, OpenMap]] = []
 
     def open(self) -> None:
         """Open or create and pin every map. A map of another size is copied into a new one.
@@ -187,8 +188,26 @@ class MapStore:
             pin.unlink(missing_ok=True)
         return stale
 
+    def carry_over(self) -> int:
+        """What programs still wrote to maps that have a successor of another size, to that one.
+
+        To be called when no hook leads to those programs any more. Returns the entries carried.
+        """
+        carried = 0
+        while self._outgrown:
+            old, new = self._outgrown.pop()
+            known = new.read()
+            late = {key: value for key, value in old.read().items() if key not in known}
+            old.close()
+            new.write(late)
+            carried += len(late)
+        return carried
+
     def close(self) -> None:
         """Close every descriptor; what is pinned stays."""
+        for old, _ in self._outgrown:
+            old.close()
+        self._outgrown.clear()
         for each in self.all():
             each.close()
         self._open.clear()
@@ -203,8 +222,7 @@ class MapStore:
             return found
         return self._resized(found, wanted, pin)
 
-    @staticmethod
-    def _resized(old: OpenMap, max_entries: int, pin: Path) -> OpenMap:
+    def _resized(self, old: OpenMap, max_entries: int, pin: Path) -> OpenMap:
         """A copy of another size in the old one's place; programs must be loaded again to use it.
 
         Raises MapFull, with the old map left in place, when the entries do not fit.
@@ -215,7 +233,7 @@ class MapStore:
             replace_pin(new.descriptor, pin)
         except BaseException:
             new.close()
-            raise
-        finally:
             old.close()
+            raise
+        self._outgrown.append((old, new))
         return new

@@ -69,6 +69,7 @@ class HookSync:
     ) -> None:
         self._around = around
         self._pins = kernel.pins
+        self._maps = kernel.maps
         self._programs = programs
         self._node = node
         self._pods = pods
@@ -98,6 +99,8 @@ class HookSync:
         self._publish(kind, wanted, failed)
         if failed:
             raise AttachFailed("; ".join(failed))
+        if carried := self._maps.carry_over():
+            log.info("%d entries followed to maps of another size", carried)
         return 0
 
     def wanted(self) -> set[Place]:

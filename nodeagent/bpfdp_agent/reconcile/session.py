@@ -113,13 +113,16 @@ class Session:
         pattern, wake = self._config.data_pattern, self._loops["node"].wake
         self._keep_running("links", lambda: self._node.follow(pattern, wake))
 
+    @property
+    def map_sizes(self) -> tuple[tuple[str, int], ...]:
+        """What the maps were opened with."""
+        return self._config.map_sizes
+
     # -- what happens meanwhile -----------------------------------------------------------
 
     def configure(self, config: Config) -> None:
-        """Follow the config at run time; map sizes are for the next start."""
+        """Follow the config at run time. Other map sizes need another session."""
         old, self._config = self._config, config
-        if old.map_sizes != config.map_sizes:
-            log.warning("map and conntrack sizes changed: they hold from the agent's next start on")
         self._node.configure(config)
         self._services.configure(config)
         self._hooks.configure(config)

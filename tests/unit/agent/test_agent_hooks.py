@@ -61,7 +61,7 @@ def sync() -> hooks.HookSync:
             status=NodeStatus("1", "6.18"),
             metrics=Metrics(),
         ),
-        SimpleNamespace(pins=None),
+        SimpleNamespace(pins=None, maps=SimpleNamespace(carry_over=lambda: 0)),
         SimpleNamespace(hook=lambda _hook, _family: program, cgroup=dict),
         SimpleNamespace(links=None, tunnel_ifindex=0),
         SimpleNamespace(attachable={LO}),
