@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract (tests/contract) for the node's own processes, by the cgroup programs."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+from bpf.frames import raw
+from bpf.node_process import connect_once, reach_everywhere
+from bpf.nodes import CAST, node_bytes
+from bpf.test_contract import PROTOCOLS, planned_for, target
+from bpf.test_node_sockets import Sockets, attached, node_process, sockets  # noqa: F401
+from bpfdp_agent import layouts
+from bpfdp_agent.bpf import syscall
+from contract.vectors import Vector, vectors
+
+TRIES = 24
+WITH_NODE = [v for v in vectors() if any(f.from_ == "node" for f in v.flows)]
+REFUSED = {errno.ECONNREFUSED: "reject", errno.EHOSTUNREACH: "drop"}
+
+
+def outcome(each: Sockets, address: str, port: int, kind: int) -> str:
+    """Which backend the socket connects to, or the hook's refusal."""
+    table = each.maps["sockets"]
+    syscall.map_delete_all(table.descriptor, list(table.read()))
+    error = each.run(connect_once, kind, address, port)
+    if error in REFUSED:
+        return REFUSED[error]
+    cast = CAST[each.family]
+    names = {raw(cast.pod_y): "y", raw(cast.pod_z): "z"}
+    for key in table.read():
+        found = layouts.SOCKET_KEY.unpack(each.family, key)
+        if found["kind"] == layouts.SocketKind.SERVICE:
+            return names[found["addr"]]
+    return "untouched"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("vector", WITH_NODE, ids=lambda v: v.name)
+def test_a_service(sockets: Sockets, vector: Vector, protocol: str) -> None:  # noqa: F811
+    family, cast = sockets.family, CAST[sockets.family]
+    sockets.run(reach_everywhere)
+    bits = 8 * len(raw(cast.service)) - 8
+    sockets.put("service_ranges", {"prefixlen": bits, "addr": raw(cast.service)}, value=1)
+    sockets.put("nodes", {"addr": node_bytes(cast.node_b)}, value=3)
+    for step in planned_for(cast).apply(vector, protocol):
+        syscall.map_update_all(sockets.maps[step.map].descriptor, step.puts)
+    kind = socket.SOCK_STREAM if protocol == "TCP" else socket.SOCK_DGRAM
+    for flow in vector.flows:
+        if flow.from_ != "node":
+            continue
+        address, port = target(flow, cast)
+        seen = {outcome(sockets, address, port, kind) for _ in range(TRIES)}
+        expected = {flow.expected} if isinstance(flow.expected, str) else flow.expected
+        assert seen == expected, f"IPv{family} node → {flow.to}"
