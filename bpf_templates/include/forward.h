@@ -26,10 +26,13 @@ static __always_inline int fib_lookup(struct __sk_buff *skb, struct bpf_fib_look
     return found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH ? 0 : -1;
 }
 
-// Next hop of the entry's packets. ifindex 0, the stack, where the route does not lead out of the
-// data interface.
+static __always_inline int is_data_interface(__u32 ifindex) {
+    return interfaces.lookup((struct index *)&ifindex) != NULL;
+}
+
+// Next hop of the entry's packets, by the node's own routes and rules. ifindex 0, the stack, where
+// the route does not lead out of a data interface.
 static __always_inline void find_neighbour(struct __sk_buff *skb, struct ct *entry) {
-    struct settings *node = node_settings();
     struct bpf_fib_lookup fib = {.family = FAMILY_AF, .ifindex = skb->ifindex};
     entry->ifindex = 0;
 #if FAMILY == 4
@@ -39,7 +42,7 @@ static __always_inline void find_neighbour(struct __sk_buff *skb, struct ct *ent
     __builtin_memcpy(fib.ipv6_src, &entry->new_src, 16);
     __builtin_memcpy(fib.ipv6_dst, &entry->new_dst, 16);
 #endif
-    if (fib_lookup(skb, &fib) < 0 || !node || fib.ifindex != node->data_ifindex)
+    if (fib_lookup(skb, &fib) < 0 || !is_data_interface(fib.ifindex))
         return;
     __be32 *hop = (__be32 *)entry->nexthop;
     if (FAMILY == 6 || fib.family == AF_IPV6) {

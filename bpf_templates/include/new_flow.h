@@ -159,11 +159,21 @@ static __always_inline int route_into_pod(struct __sk_buff *skb, struct flow *fl
     return judge(skb, flow, POLICY_SLOT_ALLOW, target->ingress_slot);
 }
 
+// Between nodes, in our VXLAN or the CNI's: its device takes it, no service or policy is for it.
+static __always_inline int is_tunnelled(const struct flow *flow, const struct settings *node) {
+    if (flow->proto != IPPROTO_UDP || !flow->dport || !own_address(&flow->dst))
+        return 0;
+    return flow->dport == node->overlay_port ||
+           (node->tunnel_ifindex && flow->dport == node->tunnel_port);
+}
+
 static __always_inline int flow_from_net(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
     if (!node || endpoint_of(&flow->src))
         return drop(COUNT_DROP_SPOOFED);
+    if (is_tunnelled(flow, node))
+        return to_stack();
 
     flow->reply_action = ACT_NEIGH;
     struct endpoint *target = endpoint_of(&flow->dst);
@@ -210,6 +220,21 @@ static __always_inline int direct_return(const struct flow *flow, const struct s
     return dsr_optout.lookup(&client) == NULL;
 }
 
+// Where the client's packets would arrive without the tunnel: a strict reverse path filter accepts
+// them on no other interface.
+static __always_inline __u32 input_interface(struct __sk_buff *skb, const addr_t *client,
+                                             const struct settings *node) {
+    struct bpf_fib_lookup fib = {.family = FAMILY_AF, .ifindex = node->data_ifindex};
+#if FAMILY == 4
+    fib.ipv4_dst = client->w[0];
+#else
+    __builtin_memcpy(fib.ipv6_dst, client, 16);
+#endif
+    if (fib_lookup(skb, &fib) < 0 || !is_data_interface(fib.ifindex))
+        return node->data_ifindex;
+    return fib.ifindex;
+}
+
 static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *flow) {
     struct settings *node = node_settings();
     struct backend *backend = NULL;
@@ -233,7 +258,7 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
     if (!own_address(&flow->new_dst))
         return drop(COUNT_DROP_TUNNEL_UNKNOWN);
     flow->action = ACT_HOST_IN;
-    flow->ifindex = node->data_ifindex;
+    flow->ifindex = input_interface(skb, &flow->src, node);
     flow->reply_flags = CT_HOST_REPLY;
     if (direct)
         flow->reply_action = ACT_STACK;

@@ -262,13 +262,13 @@ class NodeFlag(enum.IntFlag):
 SETTINGS = struct_of(
     "settings",
     host_netns_cookie="u64",
-    data_ifindex="u32",  # the interface other nodes are reached through
+    data_ifindex="u32",  # the data interface other nodes are reached through
     tunnel_ifindex="u32",  # 0: no tunnel device
     tunnel_vni="u32",
     flags="u32",
     node4="bytes4",
     tunnel_port="be16",
-    pad4="u16",
+    overlay_port="be16",  # of the CNI's VXLAN; 0: there is none
     node6="bytes16",
 )
 
@@ -463,10 +463,14 @@ CONTROL_MAPS = (
     Map("endpoints", MapType.HASH, ADDRESS_KEY, ENDPOINT, 4096, NO_PREALLOC),
     Map("identities", MapType.HASH, ADDRESS_KEY, IDENTITY, 524288, NO_PREALLOC),
     Map("own_addresses", MapType.HASH, ADDRESS_KEY, U32, 1024, NO_PREALLOC),
+    Map("interfaces", MapType.HASH, INDEX, U32, 64, NO_PREALLOC, per_family=False),
     Map("nodes", MapType.HASH, NODE_KEY, U32, 16384, NO_PREALLOC, per_family=False),
     Map("settings", MapType.ARRAY, INDEX, SETTINGS, 1, per_family=False),
 )
-"""Maps the control plane fills. own_addresses: value bit 1 = NodePorts are served on it."""
+"""Maps the control plane fills. own_addresses: value bit 1 = NodePorts are served on it.
+
+interfaces: by number, the devices with from_net and to_net, out of which packets may be sent.
+"""
 
 DATAPATH_MAPS = (
     Map("ct", MapType.LRU_HASH, CT_KEY, CT, 131072),

@@ -54,7 +54,7 @@ def compile_template(template: str, family: int, **variables: Any) -> dict[str, 
 class Netns:
     """A network namespace with the node's devices and routes, entered by one thread."""
 
-    DEVICES = ("data0", "podx", "pody", "vxlan0")
+    DEVICES = ("data0", "data1", "overlay0", "podx", "pody", "vxlan0")
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bpf-netns")
@@ -292,9 +292,12 @@ class Node:
             tunnel_ifindex=self.netns.ifindex["vxlan0"],
             tunnel_vni=4096,
             tunnel_port=4789,
+            overlay_port=8472,
             flags=flags,
             **value,
         )
+        for device in ("data0", "data1", "overlay0"):
+            self.put("interfaces", {"index": self.netns.ifindex[device]}, value=1)
         self.put("own_addresses", {"addr": raw(own)}, value=1)
         for each in (self.cast.node_a, self.cast.node_b):
             served = layouts.NodeFlag.KNOWN | layouts.NodeFlag.PORTS

@@ -23,6 +23,7 @@ from bpfdp_agent.dataplane.links import (
     fetch_links,
     wait_any,
 )
+from bpfdp_agent.dataplane.tunnel import OUR_DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -41,11 +42,26 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 class NodeLinks:
     """`data`: the devices that match the pattern and are up.
 
-    `addresses` holds the global addresses of every device.
+    `addresses` holds the global addresses of every device, `vxlans` every VXLAN device but ours.
     """
 
     data: tuple[Link, ...]
     addresses: tuple[IPAddress, ...]
+    vxlans: tuple[Link, ...] = ()
+
+    @property
+    def overlays(self) -> tuple[Link, ...]:
+        """The CNI's VXLAN devices that routes lead to: the way to the pods of other nodes.
+
+        One that is told per packet where to send (`external`) needs what only the stack has, and a
+        bridge's port is no way of the node's own.
+        """
+        named = {link.ifindex for link in self.data}
+        return tuple(
+            link
+            for link in self.vxlans
+            if link.up and not link.external and not link.enslaved and link.ifindex not in named
+        )
 
     def device_of(self, address: IPAddress) -> Link | None:
         """The data device that carries the address."""
@@ -66,10 +82,12 @@ def select(links: Sequence[Link], pattern: str) -> NodeLinks:
     """What of the devices is data, and every own address. re.error for a bad pattern."""
     expression = re.compile(pattern or DATA_PATTERN)
     data = [link for link in links if link.up and expression.search(link.name)]
+    vxlans = [link for link in links if link.kind == "vxlan" and link.name not in OUR_DEVICES]
     own = {address.ip for link in links for address in link.addresses}
     return NodeLinks(
         data=tuple(sorted(data, key=lambda link: link.ifindex)),
         addresses=tuple(sorted(own, key=lambda a: (a.version, int(a)))),
+        vxlans=tuple(sorted(vxlans, key=lambda link: link.ifindex)),
     )
 
 

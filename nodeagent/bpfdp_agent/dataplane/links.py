@@ -47,6 +47,12 @@ class Link:
     up: bool
     addresses: tuple[Address, ...] = ()
     """Global addresses."""
+    vxlan_port: int = 0
+    """UDP port of a VXLAN device."""
+    external: bool = False
+    """A VXLAN device that is told per packet where it goes (collect-metadata)."""
+    enslaved: bool = False
+    """A port of a bridge or bond."""
 
 
 def read_links() -> list[Link]:
@@ -103,16 +109,21 @@ def _links(links: Iterable[Any], addresses: Iterable[Any]) -> list[Link]:
 
 def _link(message: Any, addresses: list[Address]) -> Link:
     info = message.get_attr("IFLA_LINKINFO")
+    kind = (info.get_attr("IFLA_INFO_KIND") or "") if info is not None else ""
+    vxlan = info.get_attr("IFLA_INFO_DATA") if kind == "vxlan" else None
     return Link(
         ifindex=message["index"],
         name=message.get_attr("IFLA_IFNAME") or "",
-        kind=(info.get_attr("IFLA_INFO_KIND") or "") if info is not None else "",
+        kind=kind,
         peer=message.get_attr("IFLA_LINK") or 0,
         peer_netns=message.get_attr("IFLA_LINK_NETNSID"),
         mac=message.get_attr("IFLA_ADDRESS") or "",
         mtu=message.get_attr("IFLA_MTU") or 0,
         up=bool(message["flags"] & _IFF_UP),
         addresses=tuple(sorted(addresses, key=lambda a: (a.version, int(a)))),
+        vxlan_port=(vxlan.get_attr("IFLA_VXLAN_PORT") or 0) if vxlan is not None else 0,
+        external=vxlan is not None and bool(vxlan.get_attr("IFLA_VXLAN_COLLECT_METADATA")),
+        enslaved=bool(message.get_attr("IFLA_MASTER")),
     )
 
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyroute2
 
 from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.dataplane.links import netlink_errors
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bpfdp_agent.dataplane.links import Link
+
 DEVICE = "bpfdp_vxlan"
 _NEW_DEVICE = "bpfdp_vxlan_new"
+OUR_DEVICES = frozenset({DEVICE, _NEW_DEVICE})
 OVERHEAD = 70
 """Bytes VXLAN adds over IPv6: outer IPv6 40, UDP 8, VXLAN 8, inner Ethernet 14 (IPv4: 50)."""
 _SYSCTL = Path("/proc/sys/net")
@@ -122,12 +128,26 @@ def _quiet() -> None:
             continue  # read-only /proc/sys or no IPv6: the device works without
 
 
+def check_port(port: int, others: Iterable[Link]) -> None:
+    """Raises DeviceFailed when another VXLAN device has the port, up or not.
+
+    Were ours made first, it would be the CNI's that cannot come up.
+    """
+    for link in others:
+        if link.vxlan_port == port:
+            raise DeviceFailed(_taken(port, f"VXLAN device {link.name}"))
+
+
+def _taken(port: int, by: str) -> str:
+    return (
+        f"UDP port {port}, which the tunnel between nodes wants, is in use on this node by {by}:"
+        " choose another port in spec.tunnel.port of the BpfDataplaneConfig"
+    )
+
+
 def _explained(error: Any, port: int) -> DeviceFailed:
     if error.code in (errno.EADDRINUSE, errno.EEXIST):
-        return DeviceFailed(
-            f"UDP port {port} or a VXLAN device on it is in use on this node: another tunnel (the "
-            "CNI's?) has it; choose another port in spec.tunnel.port of the BpfDataplaneConfig"
-        )
+        return DeviceFailed(_taken(port, "another tunnel (the CNI's?) or program"))
     if error.code == errno.EOPNOTSUPP:
         return DeviceFailed("the kernel has no VXLAN: use one with CONFIG_VXLAN")
     return DeviceFailed(f"cannot set up {DEVICE}: {error}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This node and the others: the maps `settings`, `own_addresses`, `nodes` and `dsr_optout`."""
+"""This node and the others: the maps `settings`, `interfaces`, `own_addresses`, `nodes`, `dsr_optout`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class NodeFacts(msgspec.Struct, frozen=True):
     dsr: bool = False
     policy_disabled: bool = False
     maglev: bool = False
+    overlay_port: int = 0
+    """UDP port of the CNI's VXLAN."""
 
 
 def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
@@ -65,11 +67,17 @@ def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
         tunnel_ifindex=facts.tunnel_ifindex,
         tunnel_vni=facts.tunnel_vni,
         tunnel_port=facts.tunnel_port,
+        overlay_port=facts.overlay_port,
         flags=flags,
         node4=first_of(facts.addresses, 4) or bytes(4),
         node6=first_of(facts.addresses, 6) or bytes(16),
     )
     return {INDEX.pack(4, index=0): value}
+
+
+def interface_entries(numbers: Iterable[int]) -> dict[bytes, bytes]:
+    """`interfaces`: the devices that packets may be sent out of past the stack."""
+    return {INDEX.pack(4, index=number): U32.pack(4, value=1) for number in numbers}
 
 
 def first_of(addresses: Iterable[bytes], family: int) -> bytes | None:

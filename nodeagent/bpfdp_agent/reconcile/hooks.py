@@ -106,8 +106,7 @@ class HookSync:
     def wanted(self) -> set[Place]:
         """Places that should have a program."""
         found: set[Place] = {(h, i) for i in self._pods.attachable for h in POD_HOOKS}
-        if self._node.links:
-            found |= {(h, d.ifindex) for d in self._node.links.data for h in NET_HOOKS}
+        found |= {(h, d.ifindex) for d in self._node.devices for h in NET_HOOKS}
         if self._node.tunnel_ifindex:
             found.add((Hook.FROM_TUNNEL, self._node.tunnel_ifindex))
         return found

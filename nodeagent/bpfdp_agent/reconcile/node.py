@@ -13,6 +13,7 @@ from bpfdp_agent.desired.node import (
     NodeFacts,
     as_text,
     cidr_entries,
+    interface_entries,
     node_entries,
     own_address_entries,
     packed_all,
@@ -68,6 +69,11 @@ class NodeSync:
         known = self._around.view.nodes.own_addresses
         return tuple(dict.fromkeys((*known, *given, *found)))
 
+    @property
+    def devices(self) -> tuple[Link, ...]:
+        """Devices with from_net and to_net: the data devices, and the CNI's overlay to other pods."""
+        return (*self.links.data, *self.links.overlays) if self.links else ()
+
     def main_device(self) -> Link | None:
         """The device other nodes are reached through."""
         if self.links is None:
@@ -101,6 +107,7 @@ class NodeSync:
             dsr=config.dsr,
             policy_disabled=not config.policy_enabled,
             maglev=config.maglev,
+            overlay_port=next((o.vxlan_port for o in self.links.vxlans), 0),
         )
         operations = self._write_maps(config, facts)
         texts = sorted(as_text(a) for a in facts.addresses)
@@ -110,6 +117,8 @@ class NodeSync:
         return operations
 
     async def _ensure_tunnel(self, config: Config, device: Link | None) -> None:
+        if self.links:
+            tunnel.check_port(config.tunnel_port, self.links.vxlans)
         own = self._around.view.nodes.get(self._around.view.nodes.own)
         address = own.tunnel if own and own.tunnel else mapped(bytes(4))
         mtu = tunnel_mtu(config.tunnel_mtu, device.mtu if device else 0, address)
@@ -118,6 +127,8 @@ class NodeSync:
     def _write_maps(self, config: Config, facts: NodeFacts) -> int:
         others = node_entries(self._around.view.nodes, config.node_port_addresses)
         operations = self._replace("nodes", 4, others)
+        usable = interface_entries(device.ifindex for device in self.devices)
+        operations += self._replace("interfaces", 4, usable)
         for family in FAMILIES:
             own = own_address_entries(facts.addresses, family, config.node_port_addresses)
             operations += self._replace("own_addresses", family, own)
