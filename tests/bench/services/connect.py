@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from services.modes import BARE, IPTABLES, NFTABLES, OURS, OURS_CTLB, OURS_DSR, Mode, Modes
 from services.report import Report, say
@@ -57,29 +59,52 @@ class Connect:
         self._report.sample(f"{mode.name} nodeport total {services}", _p50(out, 1), "us")
 
 
-def run(connect: Connect, report: Report, size: int, rounds: int, seconds: int) -> None:
-    """What is measured at a size, in interleaved rounds."""
+@dataclass(frozen=True)
+class Sizes:
+    """How many other services there are in the two larger cases."""
+
+    medium: int
+    large: int
+
+
+def _rounds(connect: Connect, modes: Sequence[Mode], size: int, rounds: int) -> None:
     for number in range(rounds):
-        say(f"connect, {size or 1} services, round {number + 1} of {rounds}")
-        if size == 0:
-            for mode in (OURS, IPTABLES, BARE):
-                connect.latency(mode, 0)
-                if mode != BARE:
-                    connect.rate(mode, seconds)
-        elif size == 5000:
-            for mode in (OURS, NFTABLES, IPTABLES):
-                connect.latency(mode, size)
-        else:
-            for mode in (BARE, OURS, OURS_CTLB):
-                connect.latency(mode, size)
+        say(f"connect, {size} services, round {number + 1} of {rounds}")
+        for mode in modes:
+            connect.latency(mode, size)
 
 
-def run_node_port(connect: Connect, size: int, rounds: int) -> None:
+def run_one(connect: Connect, rounds: int, seconds: int) -> None:
+    """One service: latency and connections per second."""
+    for number in range(rounds):
+        say(f"connect, 1 service, round {number + 1} of {rounds}")
+        for mode in (OURS, IPTABLES, BARE):
+            connect.latency(mode, 0)
+            if mode != BARE:
+                connect.rate(mode, seconds)
+
+
+def run_medium(connect: Connect, sizes: Sizes, rounds: int) -> None:
+    """Against kube-proxy."""
+    _rounds(connect, (OURS, NFTABLES, IPTABLES), sizes.medium, rounds)
+
+
+def run_large(connect: Connect, report: Report, sizes: Sizes, rounds: int) -> None:
+    """Against no proxy at all, and the figures of all sizes."""
+    try:
+        _rounds(connect, (BARE, OURS), sizes.large, rounds)
+        _rounds(connect, (BARE, OURS_CTLB), sizes.large, rounds)
+    finally:
+        conclude(report, sizes.large, sizes.medium)
+
+
+def run_node_port(connect: Connect, report: Report, size: int, rounds: int) -> None:
     """NodePort: ours by tunnel, ours by DSR, kube-proxy."""
     for number in range(rounds):
         say(f"NodePort, {size} services, round {number + 1} of {rounds}, by {NEAR} to {FAR}")
         for mode in (OURS, OURS_DSR, IPTABLES):
             connect.node_port(mode, size)
+    conclude_node_port(report, size)
 
 
 def conclude(report: Report, large: int, medium: int) -> None:

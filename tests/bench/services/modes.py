@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from cluster import dataplane
 from cluster.testbed.settings import API_PORT, CONTROL_PLANE
-
 from services.report import say
 from services.stage import Stage
 
@@ -66,22 +65,22 @@ class Modes:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._now: Mode | None = None
+        self.now: Mode | None = None
         self._installed = False
 
     def switch(self, mode: Mode, services: int) -> None:
         """Put a mode into effect with that many filler services, and check that it is."""
-        if mode == self._now:
+        if mode == self.now:
             self._wait(mode, services)
             return
         started = time.monotonic()
-        if not (mode.ours and self._now and self._now.ours):
+        if not (mode.ours and self.now and self.now.ours):
             self._clear()
         if mode.ours:
             self._dataplane(mode)
         elif mode.proxy:
             self._proxy(mode.proxy)
-        self._now = mode
+        self.now = mode
         self._wait(mode, services)
         say(f"mode {mode.name} is in effect ({time.monotonic() - started:.0f} s)")
 
@@ -135,18 +134,17 @@ class Modes:
         return not any(self._pins()) and all(int(n or 0) > 0 for n in self._on_nodes(script))
 
     def _settled(self, services: int) -> bool:
-        found = {c["type"]: c["status"] for c in self._cr().get("status", {}).get("conditions", [])}
+        cr = self._stage.api.ask("GET", CR)
+        generation = cr["metadata"]["generation"]
         nodes = self._stage.api.ask("GET", "/apis/bpfdataplane.io/v1alpha1/bpfnodes")["items"]
-        counts = [n.get("status", {}).get("services", {}) for n in nodes]
-        known = [c.get("count", 0) if isinstance(c, dict) else int(c) for c in counts]
-        settled = found.get("Available") == "True" and found.get("Progressing") == "False"
-        enough = len(known) == len(self._stage.bed.nodes) and all(n >= services for n in known)
+        told = _true(cr, generation)
+        settled = "Available" in told and "Progressing" not in told
+        synced = len(nodes) == len(self._stage.bed.nodes) and all(
+            "Ready" in _true(node, generation) and node["status"]["services"] > services
+            for node in nodes
+        )
         clean = dataplane.rules_on_all(self._stage.bed) == 0
-        return settled and enough and clean and all(self._pins())
-
-    def _cr(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._stage.api.ask("GET", CR)
-        return found
+        return settled and synced and clean and all(self._pins())
 
     def _proxy_pods(self) -> list[Any]:
         path = "/api/v1/namespaces/kube-system/pods?labelSelector=k8s-app%3Dkube-proxy"
@@ -160,7 +158,9 @@ class Modes:
     def _on_nodes(self, script: str) -> list[str]:
         bed = self._stage.bed
         with ThreadPoolExecutor(len(bed.nodes)) as pool:
-            done = pool.map(lambda n: bed.node_exec(n, ["sh", "-c", script], check=False), bed.nodes)
+            done = pool.map(
+                lambda n: bed.node_exec(n, ["sh", "-c", script], check=False), bed.nodes
+            )
             return [d.stdout.strip() for d in done]
 
     def check_path(self, mode: Mode, address: str) -> None:
@@ -173,6 +173,15 @@ class Modes:
             raise NotInEffect(f"{mode.name}: netfilter tracks connections to {address}")
         if mode == BARE and any(int(re.sub(r"\D", "", c) or 0) for c in counts):
             raise NotInEffect(f"bare: nf_conntrack_count is {counts}, not 0")
+
+
+def _true(item: dict[str, Any], generation: int) -> set[str]:
+    """The conditions that are true and speak of the spec as it is now."""
+    return {
+        c["type"]
+        for c in item.get("status", {}).get("conditions", [])
+        if c["status"] == "True" and c.get("observedGeneration", 0) >= generation
+    }
 
 
 def _selector(value: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,6 +85,11 @@ class Report:
             "conditions": conditions,
         }
         say(f"[bold]{name} = {value:.3f}[/] {unit} (must be {kind} {limit})")
+
+    def failed(self, part: str, error: Exception) -> None:
+        """A part that gave no figures: told at once and in the conditions."""
+        self.conditions.setdefault("failed", {})[part] = str(error)[-1500:]
+        say(f"[bold red]{part} failed:[/] {type(error).__name__}: {escape(str(error)[-1500:])}")
 
     def write(self) -> None:
         """Table on stdout, JSON and plots below build/results/."""

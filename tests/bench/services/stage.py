@@ -15,7 +15,6 @@ from cluster import dataplane, workloads
 from cluster.testbed import Testbed, cgroups, machine
 from cluster.testbed import cluster as cluster_
 from cluster.testbed.settings import BIN, KUBECONFIG, Settings
-
 from services.api import NAMESPACE, SERVICES, SLICES, Api, endpoint_slice, service
 from services.report import ROOT, say
 
