@@ -27,7 +27,7 @@ static __always_inline int fib_lookup(struct __sk_buff *skb, struct bpf_fib_look
 }
 
 static __always_inline int is_data_interface(__u32 ifindex) {
-    return interfaces.lookup((struct index *)&ifindex) != NULL;
+    return interfaces.lookup((struct index_key *)&ifindex) != NULL;
 }
 
 // Next hop of the entry's packets, by the node's own routes and rules. ifindex 0, the stack, where

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This node and the others: the maps `settings`, `interfaces`, `own_addresses`, `nodes`, `dsr_optout`."""
+"""This node and the others: `settings`, `interfaces`, `own_addresses`, `nodes`, `dsr_optout`."""
 
 from __future__ import annotations
 

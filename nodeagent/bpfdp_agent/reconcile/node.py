@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.dataplane import tunnel
 from bpfdp_agent.dataplane.addresses import NodeLinks, NodeWatcher
 from bpfdp_agent.dataplane.links import netns_cookie
@@ -71,7 +72,7 @@ class NodeSync:
 
     @property
     def devices(self) -> tuple[Link, ...]:
-        """Devices with from_net and to_net: the data devices, and the CNI's overlay to other pods."""
+        """Devices with from_net and to_net: the data devices and the CNI's overlay."""
         return (*self.links.data, *self.links.overlays) if self.links else ()
 
     def main_device(self) -> Link | None:
@@ -96,7 +97,12 @@ class NodeSync:
                 " nodes are not served here",
                 config.data_pattern,
             )
-        await self._ensure_tunnel(config, device)
+        try:
+            await self._ensure_tunnel(config, device)
+        except DeviceFailed as error:
+            if not self.complete:
+                self._around.status.condition("Attached", False, "AgentNotReady", str(error))
+            raise
         facts = NodeFacts(
             netns_cookie=self._cookie,
             data_ifindex=device.ifindex if device else 0,
