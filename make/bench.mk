@@ -7,4 +7,4 @@ bench-packet: venv kbuild ## what a packet costs by PROG_TEST_RUN, over a bare L
 
 .PHONY: bench-services
 bench-services: packages venv kbuild tools image node-images ## ours beside kube-proxy iptables and nftables, in one run (root; about 40 minutes; ARGS=--help)
-	PYTHONPATH=tests:tests/bench:nodeagent $(PY) -m services $(ARGS)
+	PYTHONPATH=tests:tests/bench:nodeagent $(PY) -m versus $(ARGS)

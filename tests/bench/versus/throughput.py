@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from cluster.testbed.settings import GATEWAY
-from services.modes import IPTABLES, OURS, Modes
-from services.report import Report, say
-from services.stage import Stage
+from versus.modes import IPTABLES, OURS, Modes
+from versus.report import Report, say
+from versus.stage import Stage
 
 MTUS = (1440, 8940)
 PORT = "5201"

@@ -15,8 +15,8 @@ from cluster import dataplane, workloads
 from cluster.testbed import Testbed, cgroups, machine
 from cluster.testbed import cluster as cluster_
 from cluster.testbed.settings import BIN, KUBECONFIG, Settings
-from services.api import NAMESPACE, SERVICES, SLICES, Api, endpoint_slice, service
-from services.report import ROOT, say
+from versus.api import NAMESPACE, SERVICES, SLICES, Api, endpoint_slice, service
+from versus.report import ROOT, say
 
 SOURCE = Path(__file__).parent / "load.c"
 LOAD = ROOT / "build" / "bench" / "load"

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.modes import BARE, IPTABLES, NFTABLES, OURS, OURS_CTLB, OURS_DSR, Mode, Modes
-from services.report import Report, say
-from services.stage import FAR, LOAD, NEAR, PORTS, Stage
+from versus.modes import BARE, IPTABLES, NFTABLES, OURS, OURS_CTLB, OURS_DSR, Mode, Modes
+from versus.report import Report, say
+from versus.stage import FAR, LOAD, NEAR, PORTS, Stage
 
 
 def _p50(text: str, column: int = -1) -> float:

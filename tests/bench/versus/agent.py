@@ -9,10 +9,10 @@ import signal
 import time
 from pathlib import Path
 
-from services.changes import owner_pods
-from services.modes import OURS, Modes
-from services.report import Report, say
-from services.stage import Stage, pod_processes
+from versus.changes import owner_pods
+from versus.modes import OURS, Modes
+from versus.report import Report, say
+from versus.stage import Stage, pod_processes
 
 MAPS = (
     "for m in $(find /sys/fs/bpf/bpfdp -path '*maps*' -type f); do"

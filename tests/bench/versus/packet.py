@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-from services.report import RESULTS, ROOT, Report, say
+from versus.report import RESULTS, ROOT, Report, say
 
 LINES = {
     "est_over_floor": "est",

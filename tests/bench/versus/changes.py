@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from services.api import SERVICES, SLICES, endpoint_slice, service
-from services.modes import IPTABLES, NFTABLES, OURS, Mode, Modes
-from services.report import Report, say
-from services.stage import LOAD, PORTS, Stage, pod_cgroup
-from services.throughput import busy_seconds
+from versus.api import SERVICES, SLICES, endpoint_slice, service
+from versus.modes import IPTABLES, NFTABLES, OURS, Mode, Modes
+from versus.report import Report, say
+from versus.stage import LOAD, PORTS, Stage, pod_cgroup
+from versus.throughput import busy_seconds
 
 AGENT = ("bpf-dataplane", "app.kubernetes.io%2Fcomponent%3Dagent")
 KUBE_PROXY = ("kube-system", "k8s-app%3Dkube-proxy")

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from cluster import dataplane
 from cluster.testbed.settings import API_PORT, CONTROL_PLANE
-from services.report import say
-from services.stage import Stage
+from versus.report import say
+from versus.stage import Stage
 
 CR = "/apis/bpfdataplane.io/v1alpha1/bpfdataplanes/default"
 DAEMONSET = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
