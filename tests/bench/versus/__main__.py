@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 from cluster.testbed import TestbedError
 from versus import agent, changes, connect, packet, throughput
-from versus.modes import Modes
+from versus.modes import BARE, Modes
 from versus.report import Report, machine, say
 from versus.stage import Stage, stage
 
@@ -51,6 +51,7 @@ def on_cluster(made: Stage, report: Report, parts: set[str], quick: bool, rounds
     def grow(size: int) -> None:
         nonlocal have
         if size > have:
+            modes.switch(BARE, have)
             say(f"creating services {have + 1} to {size}")
             made.api.create_services(have, size)
             have = size

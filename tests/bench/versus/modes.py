@@ -113,7 +113,8 @@ class Modes:
         wanted = dict(mode.services)
         patch = {"spec": {"dataplane": "Enabled", "services": wanted}}
         spec = self._stage.api.ask("PATCH", CR, patch)["spec"]["services"]
-        if any(spec.get(key) != value for key, value in wanted.items()):
+        # a CRD without the field has no connect-time translation of TCP to disable
+        if any(spec.get(key, "Disabled") != value for key, value in wanted.items()):
             raise NotInEffect(f"the CRD does not know all of {wanted}: it keeps {spec}")
 
     def _wait(self, mode: Mode, services: int) -> None:
@@ -163,9 +164,16 @@ class Modes:
             )
             return [d.stdout.strip() for d in done]
 
-    def check_path(self, mode: Mode, address: str) -> None:
-        """After connections to a ClusterIP: netfilter tracked them, or did not, as the mode says."""
-        tracked = self._on_nodes(f"conntrack -L -d {address} 2>/dev/null | grep -c {address}")[0]
+    def packets(self, node: str) -> tuple[int, int]:
+        """(frames that came to a node, frames that the outside client sent), so far."""
+        bed = self._stage.bed
+        came = int(bed.node_exec(node, _eth0("rx_packets")).stdout)
+        return came, int(bed.client_exec(_eth0("tx_packets")).stdout)
+
+    def check_path(self, mode: Mode, address: str, port: int) -> None:
+        """After connections to a frontend: netfilter tracked them, or did not, as the mode says."""
+        listed = f"conntrack -L -p tcp -d {address} --dport {port} 2>/dev/null | grep -c {address}"
+        tracked = self._on_nodes(listed)[0]
         counts = self._on_nodes("cat /proc/sys/net/netfilter/nf_conntrack_count")
         if mode.proxy and int(tracked or 0) == 0:
             raise NotInEffect(f"{mode.name}: no connection to {address} is in nf_conntrack")
@@ -173,6 +181,10 @@ class Modes:
             raise NotInEffect(f"{mode.name}: netfilter tracks connections to {address}")
         if mode == BARE and any(int(re.sub(r"\D", "", c) or 0) for c in counts):
             raise NotInEffect(f"bare: nf_conntrack_count is {counts}, not 0")
+
+
+def _eth0(statistic: str) -> list[str]:
+    return ["cat", f"/sys/class/net/eth0/statistics/{statistic}"]
 
 
 def _true(item: dict[str, Any], generation: int) -> set[str]:
