@@ -22,7 +22,7 @@ base-image: venv ## put localhost/debian:bookworm-slim into buildah's storage
 node-images: tools ## make the images every node starts with, and unpack them once
 	$(TESTBED) node-images
 
-cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge PROXY=iptables|nftables)
+cluster: node-images ## bring the cluster up (NODES=3 CNI=ptp|bridge|overlay PROXY=iptables|nftables NETWORKS=1|2 STRICT=0|1)
 	$(TESTBED) up $(PRELOAD:%=--preload=%)
 
 cluster-down: venv ## take the cluster down and leave nothing behind

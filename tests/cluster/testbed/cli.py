@@ -71,7 +71,7 @@ def make_node_images() -> None:
     help="A docker-archive that every node has from the start.",
 )
 def bring_up(preload: tuple[Path, ...]) -> None:
-    """Bring the cluster up (NODES, CNI and PROXY choose what kind)."""
+    """Bring the cluster up (NODES, CNI, PROXY, NETWORKS and STRICT choose what kind)."""
     with machine.locked():
         cluster.up(Settings.from_env(), preload)
     click.echo(f"export KUBECONFIG={KUBECONFIG}")

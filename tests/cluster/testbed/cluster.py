@@ -68,9 +68,10 @@ def up(settings: Settings, preload: Sequence[Path] = ()) -> None:
     seed = images.seed(preload)
     members = nodes(settings.nodes)
     with step(
-        f"cluster of {settings.nodes} nodes (CNI {settings.cni}, kube-proxy {settings.proxy})"
+        f"cluster of {settings.nodes} nodes (CNI {settings.cni}, kube-proxy {settings.proxy},"
+        f" {settings.networks} networks{', strict' if settings.strict else ''})"
     ):
-        _start_hosts(members)
+        _start_hosts(members, settings)
         pki.create(members)
         controlplane.start()
         _on_each(members, lambda member: node.start_runtime(member, seed, settings.cni))
@@ -86,12 +87,12 @@ def up(settings: Settings, preload: Sequence[Path] = ()) -> None:
     _UP.touch()
 
 
-def _start_hosts(members: Sequence[Node]) -> None:
+def _start_hosts(members: Sequence[Node], settings: Settings) -> None:
     everyone = [GATEWAY, CONTROL_PLANE, CLIENT, *members]
     for host in everyone:
         cgroups.create(host.name)
     _on_each(everyone, lambda host: hosts.start(host.name))
-    network.connect(members)
+    network.connect(members, settings)
 
 
 def _on_each(items: Sequence[_Item], action: Callable[[_Item], object]) -> None:

@@ -16,6 +16,7 @@ from cluster.testbed.settings import (
     DNS_V4,
     GATEWAY,
     LOGS,
+    OVERLAY_MTU,
     PAUSE_IMAGE,
     PKI,
     PODS_V4,
@@ -75,7 +76,7 @@ def _kubeconfig(node: Node, etc: Path) -> str:
 
 def _cni(node: Node, cni: str) -> dict[str, object]:
     """ptp gives pods the cluster-wide prefix, so that its masquerading spares all pods."""
-    wide = cni == "ptp"
+    wide = cni in ("ptp", "overlay")
     ranges = [
         [
             {
@@ -92,7 +93,9 @@ def _cni(node: Node, cni: str) -> dict[str, object]:
         "ranges": ranges,
         "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
     }
-    main: dict[str, object] = {"type": cni, "ipam": ipam}
+    main: dict[str, object] = {"type": "ptp" if wide else "bridge", "ipam": ipam}
+    if cni == "overlay":
+        main["mtu"] = OVERLAY_MTU
     if wide:
         main["ipMasq"] = True
     else:

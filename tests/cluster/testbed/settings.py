@@ -36,6 +36,13 @@ BASE_IMAGE = "localhost/debian:bookworm-slim"
 
 FABRIC_V4 = IPv4Network("172.30.0.0/24")
 FABRIC_V6 = IPv6Network("fd00:172:30::/64")
+SECOND_V4 = IPv4Network("172.31.0.0/24")
+SECOND_V6 = IPv6Network("fd00:172:31::/64")
+"""The second network, of nodes and client alone (NETWORKS=2)."""
+OVERLAY = "flannel.1"
+OVERLAY_PORT = 8472
+OVERLAY_MTU = 1450
+"""The pod network's VXLAN device (CNI=overlay), named and set up as flannel does it."""
 PODS_V4 = IPv4Network("10.244.0.0/16")
 PODS_V6 = IPv6Network("fd00:10:244::/56")
 SERVICES_V4 = IPv4Network("10.96.0.0/16")
@@ -57,6 +64,9 @@ class Host:
     v6: str
     v4_link: str
     v6_link: str
+    second_v4: str
+    second_v6: str
+    """On the second network, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +84,42 @@ class Settings:
     nodes: int = 3
     cni: str = "ptp"
     proxy: str = "iptables"
+    networks: int = 1
+    strict: bool = False
+    """Nodes check the reverse path strictly and have no default route."""
 
     @classmethod
     def from_env(cls) -> Settings:
-        """Read NODES, CNI and PROXY; raises TestbedError on a value that cannot work."""
-        try:
-            nodes = int(os.environ.get("NODES") or 3)
-        except ValueError as error:
-            raise TestbedError("NODES must be a number, e.g. NODES=3") from error
-        settings = cls(nodes, os.environ.get("CNI") or "ptp", os.environ.get("PROXY") or "iptables")
+        """Read the variables of the same names; raises TestbedError on one that cannot work."""
+        settings = cls(
+            _number("NODES", 3),
+            os.environ.get("CNI") or "ptp",
+            os.environ.get("PROXY") or "iptables",
+            _number("NETWORKS", 1),
+            _number("STRICT", 0) == 1,
+        )
         if not 1 <= settings.nodes <= MAX_NODES:
             raise TestbedError(f"NODES={settings.nodes} is not in 1..{MAX_NODES}")
-        if settings.cni not in ("ptp", "bridge"):
-            raise TestbedError(f"CNI={settings.cni} is unknown: use CNI=ptp or CNI=bridge")
+        if settings.cni not in ("ptp", "bridge", "overlay"):
+            raise TestbedError(f"CNI={settings.cni} is unknown: use ptp, bridge or overlay")
+        if settings.networks not in (1, 2):
+            raise TestbedError(f"NETWORKS={settings.networks} cannot be: use 1 or 2")
         if settings.proxy not in ("iptables", "nftables"):
             raise TestbedError(f"PROXY={settings.proxy} is unknown: use iptables or nftables")
         return settings
 
 
-def _addresses(index: int) -> tuple[str, str, str, str]:
+def _number(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name) or default)
+    except ValueError as error:
+        raise TestbedError(f"{name} must be a number, e.g. {name}={default}") from error
+
+
+def _addresses(index: int) -> tuple[str, str, str, str, str, str]:
     v4, v6 = str(FABRIC_V4[index]), str(FABRIC_V6[index])
-    return v4, v6, f"{v4}/{FABRIC_V4.prefixlen}", f"{v6}/{FABRIC_V6.prefixlen}"
+    links = f"{v4}/{FABRIC_V4.prefixlen}", f"{v6}/{FABRIC_V6.prefixlen}"
+    return v4, v6, *links, str(SECOND_V4[index]), str(SECOND_V6[index])
 
 
 GATEWAY = Host("fabric", *_addresses(1))
