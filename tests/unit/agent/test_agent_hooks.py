@@ -63,7 +63,7 @@ def sync() -> hooks.HookSync:
         ),
         SimpleNamespace(pins=None, maps=SimpleNamespace(carry_over=lambda: 0)),
         SimpleNamespace(hook=lambda _hook, _family: program, cgroup=dict),
-        SimpleNamespace(links=None, tunnel_ifindex=0),
+        SimpleNamespace(devices=(), tunnel_ifindex=0),
         SimpleNamespace(attachable={LO}),
         lambda: None,
     )
