@@ -11,7 +11,6 @@ from bpfdp_agent.layouts import (
     FRONTEND,
     FRONTEND_KEY,
     INDEX,
-    MEMBER_KEY,
     SLOT_KEY,
     SOURCE_RANGE_KEY,
     U32,
@@ -24,6 +23,8 @@ from bpfdp_agent.watch.wire import ObjectKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.agent.kube_objects import added, deleted, endpoint, endpoint_slice, node, service
+from unit.agent.service_histories import batches, events
+from unit.agent.service_meaning import meaning
 
 WEB = ObjectKey("ns", "web")
 
@@ -61,31 +62,7 @@ class Kernel:
 
     def meaning(self):
         """What the maps say, without ids and slot order."""
-        f = 4
-        t = self.tables
-        backends = {INDEX.unpack(f, k)["index"]: v for k, v in t["backends"].items()}
-        lists, members, ranges = {}, {}, {}
-        for k, v in t["slots"].items():
-            lists.setdefault(SLOT_KEY.unpack(f, k)["list"], []).append(
-                backends[U32.unpack(f, v)["value"]]
-            )
-        for k in t["members"]:
-            raw = MEMBER_KEY.unpack(f, k)
-            members.setdefault(raw["list"], set()).add(backends[raw["backend"]])
-        for k in t["source_ranges"]:
-            raw = SOURCE_RANGE_KEY.unpack(f, k)
-            ranges.setdefault(raw["service"], set()).add((raw["prefixlen"], raw["addr"]))
-        said = {}
-        for k, v in t["frontends"].items():
-            entry = FRONTEND.unpack(f, v)
-            service_id = entry.pop("service")
-            said[k] = (
-                entry,
-                [sorted(lists.get(service_id * 2 + kind, [])) for kind in (0, 1)],
-                [members.get(service_id * 2 + kind, set()) for kind in (0, 1)],
-                ranges.get(service_id, set()),
-            )
-        return said, sorted(backends.values()), {n: len(t[n]) for n in SERVICE_MAPS}
+        return meaning(4, self.tables)
 
 
 def cluster(*objects):
@@ -163,8 +140,8 @@ def costs(count):
         (added(service()), added(ends())),
         (deleted(service()), deleted(ends())),
     ]
-    for events in steps:
-        writes = change(view, tables, *events)
+    for happens in steps:
+        writes = change(view, tables, *happens)
         kernel.write(writes, check=False)
         found.append(len(writes))
     assert tables.resync(kernel.tables).steps == ()
@@ -361,77 +338,6 @@ def test_the_phases_name_every_map_once_for_each_side():
 
 # -- properties -------------------------------------------------------------------------------
 
-octets = st.lists(st.integers(1, 6), max_size=5)
-names = st.sampled_from(["web", "api"])
-
-
-@st.composite
-def services(draw):
-    name = draw(names)
-    spec = {}
-    if draw(st.booleans()):
-        spec |= {
-            "type": "NodePort",
-            "externalTrafficPolicy": draw(st.sampled_from(["Local", "Cluster"])),
-        }
-    if draw(st.booleans()):
-        spec["internalTrafficPolicy"] = "Local"
-    if draw(st.booleans()):
-        spec["sessionAffinity"] = "ClientIP"
-    if draw(st.booleans()):
-        spec |= {
-            "externalIPs": ["9.9.9.9"],
-            "loadBalancerSourceRanges": draw(
-                st.sampled_from([[], ["10.0.0.0/8"], ["192.168.0.0/16"]])
-            ),
-        }
-        spec["status"] = {"loadBalancer": {"ingress": [{"ip": "5.6.7.8"}]}}
-    number = draw(st.sampled_from([80, 81]))
-    ports = [
-        {
-            "name": "http",
-            "port": number,
-            "protocol": p,
-            "nodePort": 30000 + number if "type" in spec else 0,
-        }
-        for p in draw(st.sampled_from([["TCP"], ["UDP"]]))
-    ]
-    status = spec.pop("status", None)
-    return service(
-        name, draw(st.sampled_from(["10.96.0.1", "10.96.0.2"])), ports=ports, status=status, **spec
-    )
-
-
-@st.composite
-def slices(draw):
-    ends_ = [
-        endpoint(
-            f"10.0.0.{n}",
-            draw(st.sampled_from(["node1", "node2", None])),
-            ready=draw(st.booleans()),
-            serving=draw(st.booleans()),
-            terminating=draw(st.booleans()),
-        )
-        for n in draw(octets)
-    ]
-    ports = [{"name": "http", "port": 8080, "protocol": p} for p in ("TCP", "UDP")]
-    name = draw(names)
-    return endpoint_slice(ends_, name, name=f"{name}-{draw(st.sampled_from('xy'))}", ports=ports)
-
-
-nodes_ = st.builds(
-    lambda n, a: node(n, (f"192.168.0.{a}",)),
-    st.sampled_from(["node1", "node2"]),
-    st.integers(1, 3),
-)
-events_ = st.lists(
-    st.tuples(
-        st.sampled_from([added, added, deleted]), st.one_of(services(), slices(), slices(), nodes_)
-    ),
-    max_size=25,
-)
-batches = st.lists(events_, max_size=5)
-
 
 def expected(view):
     """The tables of a fresh start from the final state."""
@@ -445,7 +351,7 @@ def expected(view):
 def test_any_history_ends_in_the_tables_of_a_fresh_start(history):
     view, tables, kernel = running()
     for batch in history:
-        writes = change(view, tables, *(make(found) for make, found in batch))
+        writes = change(view, tables, *batch)
         kernel.write(writes)
         kernel.check()
         assert {n: tables.table(n) for n in SERVICE_MAPS} == kernel.tables
@@ -453,18 +359,18 @@ def test_any_history_ends_in_the_tables_of_a_fresh_start(history):
 
 
 @settings(max_examples=150, deadline=None)
-@given(batches, st.integers(0, 10), events_)
+@given(batches, st.integers(0, 10), events)
 def test_interrupted_writes_and_a_restart_converge(history, stop_after, missed):
     view, tables, kernel = running()
     writes = None
     for batch in history:
         if writes is not None:
             kernel.write(writes)
-        writes = change(view, tables, *(make(found) for make, found in batch))
+        writes = change(view, tables, *batch)
     if writes is not None:
         kernel.write(writes, stop_after)
-    for make, found in missed:
-        view.apply(make(found))
+    for each in missed:
+        view.apply(each)
     view.take_changes()
     restarted = ServiceTables(4)
     # what a broken-off batch left is whole up to the step it broke off at; so is every step after
