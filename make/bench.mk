@@ -8,3 +8,7 @@ bench-packet: venv kbuild ## what a packet costs by PROG_TEST_RUN, over a bare L
 .PHONY: bench-services
 bench-services: packages venv kbuild tools image node-images ## ours beside kube-proxy iptables and nftables, in one run (root; about 40 minutes; ARGS=--help)
 	PYTHONPATH=tests:tests/bench:nodeagent $(PY) -m versus $(ARGS)
+
+.PHONY: bench-agent
+bench-agent: venv kbuild tools ## the agent at 10,000 services without a cluster: start, memory, latency, CPU (root; about 3 minutes)
+	$(PY) tests/bench/agent_scale.py $(ARGS)

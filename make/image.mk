@@ -31,12 +31,15 @@ $(WHEELS)/.ready: pyproject.toml
 	touch $@
 
 # build/image is laid out as /usr/share/bpfdp, with our own wheel beside the templates and CRDs.
-$(IMAGE_ARCHIVE): Containerfile .containerignore $(WHEELS)/.ready $(IMAGE_SOURCES)
+# The generic programs are compiled here: BCC makes maps while it compiles, a build step may not.
+$(IMAGE_ARCHIVE): Containerfile .containerignore $(WHEELS)/.ready $(KBUILD)/.ready $(IMAGE_SOURCES)
 	rm -rf build/image build/lib build/bdist.*
 	mkdir -p build/image $(@D)
 	cp -r bpf_templates build/image/templates
 	rm -rf build/image/templates/kbuild
 	cp -r crds build/image/crds
+	PYTHONPATH=nodeagent BCC_KERNEL_SOURCE=$(CURDIR)/$(KBUILD) BPFDP_TEMPLATES=$(CURDIR)/build/image/templates \
+		$(PY) -m bpfdp_agent.bpf.precompile build/image/bytecode
 	.venv/bin/pip wheel --quiet --no-deps --wheel-dir build/image .
 	$(BUILDAH) bud --layers --pull-never --network host $(APT_SETTINGS) --tag $(IMAGE) --file Containerfile .
 	rm -f $@

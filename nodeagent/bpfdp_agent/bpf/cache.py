@@ -20,6 +20,7 @@ from bpfdp_agent import layouts
 from bpfdp_agent.bpf.objects import Object
 
 FORMAT_VERSION = 1
+INSTALLED_BYTECODE = "/usr/share/bpfdp/bytecode"
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -37,17 +38,33 @@ def key_of(text: str, cflags: tuple[str, ...], compiler_version: str) -> str:
     return digest.hexdigest()
 
 
-class ObjectCache:
-    """The cache in one directory (made when missing); at most `max_bytes` of files."""
+def shipped_bytecode() -> Path:
+    """What the image was built with: $BPFDP_BYTECODE, else the installed place."""
+    return Path(os.environ.get("BPFDP_BYTECODE", INSTALLED_BYTECODE))
 
-    def __init__(self, directory: Path, max_bytes: int = 64 << 20) -> None:
+
+class ObjectCache:
+    """The cache in one directory (made when missing); at most `max_bytes` of files.
+
+    What is not there is looked for in `shipped`, which is never written to.
+    """
+
+    def __init__(
+        self, directory: Path, max_bytes: int = 64 << 20, shipped: Path | None = None
+    ) -> None:
         self.directory = directory
+        self._shipped = shipped
         self._max_bytes = max_bytes
         directory.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Object | None:
         """The object, or None; a damaged file is removed."""
-        path = self._path(key)
+        found = self._read(self._path(key))
+        if found is None and self._shipped is not None:
+            found = self._read(self._shipped / self._path(key).name)
+        return found
+
+    def _read(self, path: Path) -> Object | None:
         try:
             data = path.read_bytes()
         except OSError:
@@ -58,7 +75,8 @@ class ObjectCache:
                 raise msgspec.DecodeError("checksum")
             found = msgspec.msgpack.decode(body, type=Object)
         except msgspec.DecodeError:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)

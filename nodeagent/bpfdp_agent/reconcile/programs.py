@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bpfdp_agent import catalog
 from bpfdp_agent.bpf.errors import BpfError, CompileFailed, ProgramRejected, TemplateInvalid
-from bpfdp_agent.bpf.objects import Source
+from bpfdp_agent.bpf.precompile import generic_sources
 from bpfdp_agent.bpf.syscall import AttachType, ProgramType
 from bpfdp_agent.catalog import Attachment
 from bpfdp_agent.dataplane import programs
@@ -128,14 +128,7 @@ class ProgramSync:
 
     async def _compile(self) -> dict[tuple[str, int], Object]:
         fault = _FAULTS[self._around.settings.fault]
-        sources = [
-            Source(
-                f"{template.rpartition('/')[2].partition('.')[0]}{family}",
-                self._renderer.render(template, family=family)
-                + (fault if template == catalog.DATAPATH else ""),
-            )
-            for template, family in catalog.texts()
-        ]
+        sources = generic_sources(self._renderer, fault)
         return dict(zip(catalog.texts(), await self._compiler.compile(sources), strict=True))
 
     def _load(self, objects: Mapping[tuple[str, int], Object]) -> Loaded:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from bpfdp_agent.bpf.cache import ObjectCache
+from bpfdp_agent.bpf.cache import ObjectCache, shipped_bytecode
 from bpfdp_agent.bpf.compiler import Compiler
 from bpfdp_agent.bpf.errors import BpfError
 from bpfdp_agent.bpf.render import Renderer
@@ -57,7 +57,9 @@ class Session:
         self._kernel = Kernel(
             maps=MapStore(pins, sizes=dict(config.map_sizes)),
             pins=pins,
-            compiler=Compiler(ObjectCache(around.settings.state_dir / "cache")),
+            compiler=Compiler(
+                ObjectCache(around.settings.state_dir / "cache", shipped=shipped_bytecode())
+            ),
             renderer=Renderer(),
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -66,3 +66,13 @@ def test_a_failed_text_is_kept_with_what_clang_said(tmp_path):
     assert path is not None
     assert path.name == "from_pod4.failed.c"
     assert path.read_text() == "// 1:7: error: no\n// more\nint x("
+
+
+def test_what_the_image_has_needs_no_compiler_and_is_not_written_to(tmp_path):
+    shipped = tmp_path / "shipped"
+    ObjectCache(shipped).put("k", OBJECT)
+    cache = ObjectCache(tmp_path / "own", shipped=shipped)
+    assert cache.get("k") == OBJECT
+    cache.put("other", OBJECT)
+    assert [path.name for path in shipped.iterdir()] == ["k.bpf"]
+    assert ObjectCache(tmp_path / "third", shipped=tmp_path / "nowhere").get("k") is None
