@@ -75,6 +75,7 @@ class Loop:
         self._report(self.name, None)
         self._metrics.reconcile_seconds.labels(self.name).observe(elapsed)
         self._metrics.map_operations.labels(self.name).inc(operations)
+        self._metrics.last_operations.labels(self.name).set(operations)
         self._metrics.last_sync.labels(self.name).set_to_current_time()
         if operations:
             log.debug("%s: %d map operations in %.1f ms", self.name, operations, elapsed * 1000)

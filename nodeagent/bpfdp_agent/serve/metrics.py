@@ -38,6 +38,12 @@ class Metrics:
         self.map_operations = Counter(
             "bpfdp_map_operations", "Map entries written or deleted.", ["concern"], registry=reg
         )
+        self.last_operations = Gauge(
+            "bpfdp_last_reconcile_map_operations",
+            "Map entries that the last reconcile wrote or deleted.",
+            ["concern"],
+            registry=reg,
+        )
         self.map_entries = Gauge("bpfdp_map_entries", "Entries in use.", ["map"], registry=reg)
         self.map_max_entries = Gauge(
             "bpfdp_map_max_entries", "Entries a map can hold.", ["map"], registry=reg

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import msgspec
@@ -11,6 +12,7 @@ from bpfdp_agent.bpf.errors import BpfError, MapFull
 from bpfdp_agent.diff.tables import SERVICE_MAPS
 from bpfdp_agent.layouts import FRONTEND, FRONTEND_KEY
 from bpfdp_agent.model.cluster import ClusterView
+from bpfdp_agent.reconcile.loop import Loop
 from bpfdp_agent.reconcile.services import NEEDS, ServiceSync
 from bpfdp_agent.reconcile.surroundings import Surroundings
 from bpfdp_agent.serve.metrics import Metrics
@@ -128,17 +130,56 @@ async def test_nothing_is_written_or_deleted_before_the_lists_are_complete():
     assert bench.status.is_true("ServicesSynced")
 
 
-@pytest.mark.parametrize("others", [0, 200])
-async def test_an_endpoint_costs_the_same_however_many_services_there_are(others):
-    bench = Bench()
-    bench.give(*(e for n in range(2, 2 + others) for e in web(n)))
-    bench.give(*web())
-    await bench.sync.reconcile()
-    assert await bench.sync.reconcile() == 0
-    ips = ["10.0.0.1", "10.0.1.1", "10.0.2.1"]
-    bench.give(added(endpoint_slice([endpoint(ip) for ip in ips], "web1")))
-    # the backend, a slot of the cluster list, and the frontend with its new count
-    assert await bench.sync.reconcile() == 3
+def dual_web(number: int):
+    """A dual-stack service with two endpoints of its own in each family."""
+    name, high, low = f"web{number}", number // 250, number % 250
+    four = [endpoint(f"10.{each}.{high}.{low}") for each in (1, 2)]
+    six = [endpoint(f"fd00:{each}::{number:x}") for each in (1, 2)]
+    return (
+        service(name, [f"10.96.{high}.{low}", f"fd96::{number:x}"]),
+        endpoint_slice(four, name),
+        endpoint_slice(six, name, family=6),
+    )
+
+
+async def operations_among(others: int) -> list[float]:
+    """What the agent reports for each change to one service among others."""
+    bench, done = Bench(), asyncio.Event()
+    loop = Loop("services", bench.sync.reconcile, bench.metrics, lambda *_: done.set())
+    running = asyncio.create_task(loop.run())
+
+    async def reported(*events) -> float:
+        bench.give(*events)
+        done.clear()
+        loop.wake()
+        await done.wait()
+        await asyncio.sleep(0)  # the report comes just before the metric
+        return bench.metrics.registry.get_sample_value(
+            "bpfdp_last_reconcile_map_operations", {"concern": "services"}
+        )
+
+    await reported(*(added(each) for n in range(1, 1 + others) for each in dual_web(n)))
+    web, four, six = dual_web(0)
+    more = endpoint_slice([endpoint(f"10.{n}.0.0") for n in (1, 2, 3)], "web0")
+    less = endpoint_slice([endpoint("10.3.0.0")], "web0")
+    affine = service("web0", ["10.96.0.0", "fd96::0"], sessionAffinity="ClientIP")
+    found = [
+        await reported(added(web), added(four), added(six)),
+        await reported(added(more)),
+        await reported(added(less)),
+        await reported(added(affine)),
+        await reported(added(affine), added(less)),
+        await reported(deleted(web), deleted(less), deleted(six)),
+    ]
+    running.cancel()
+    return found
+
+
+async def test_a_change_is_reported_to_cost_the_same_at_10_and_at_10000_services():
+    few = await operations_among(10)
+    # new: per family 2 frontends, 2 slots, 2 backends; with affinity a member for each slot
+    assert few == [12, 3, 6, 5, 0, 13]
+    assert await operations_among(10_000) == few
 
 
 async def test_a_restarted_agent_writes_only_what_differs():
