@@ -36,8 +36,8 @@ static __always_inline struct frontend *find_frontend(struct flow *flow) {
     __u32 *own = own_addresses.lookup((struct address_key *)&flow->dst);
     if (own)
         return *own & 1 ? frontend_of_node(flow->dport, flow->proto) : NULL;
-    if (flow->hook == HOOK_FROM_TUNNEL)
-        frontend = frontend_of_other_node(&flow->dst, flow->dport, flow->proto, NODE_KNOWN);
+    if (flow->hook == HOOK_FROM_TUNNEL) // any address of the first node: it has more than we know
+        frontend = frontend_of_node(flow->dport, flow->proto);
     else if (flow->hook == HOOK_FROM_POD)
         frontend = shared_node_port(&flow->dst, flow->dport, flow->proto);
     if (frontend)

@@ -14,18 +14,18 @@ static __always_inline struct frontend *frontend_of_node(__be16 port, __u8 proto
 
 // A NodePort by another node's address.
 static __always_inline struct frontend *frontend_of_other_node(const addr_t *dst, __be16 port,
-                                                               __u8 proto, __u32 served) {
+                                                               __u8 proto) {
     struct node_key node;
     addr_to_node(dst, &node);
     __u32 *known = nodes.lookup(&node);
-    return known && *known & served ? frontend_of_node(port, proto) : NULL;
+    return known && *known & NODE_PORTS ? frontend_of_node(port, proto) : NULL;
 }
 
 // The same for pods and processes of this node: they go to the backend from here, that node would
 // choose among the same ones. Not where it would choose its own alone (externalTrafficPolicy).
 static __always_inline struct frontend *shared_node_port(const addr_t *dst, __be16 port,
                                                          __u8 proto) {
-    struct frontend *frontend = frontend_of_other_node(dst, port, proto, NODE_PORTS);
+    struct frontend *frontend = frontend_of_other_node(dst, port, proto);
     return frontend && !(frontend->flags & FRONTEND_EXTERNAL_LOCAL) ? frontend : NULL;
 }
 

@@ -89,3 +89,16 @@ def test_a_tunnelled_client_arrives_where_its_route_leads(a: Node, cast: Address
         out = a.from_tunnel(packet, cast.node_b)
         assert (out.verdict, out.action) == ("REDIRECT", "HOST_IN")
         assert out.entry["ifindex"] == a.netns.ifindex[device]
+
+
+def test_the_first_nodes_second_address_is_served_through_the_tunnel(
+    b: Node, cast: Addresses
+) -> None:
+    """The API server tells of one network's addresses; the reply goes back through the tunnel."""
+    b.service([(None, 30080)], [(cast.pod_z, 8080, None)])
+    asked = SECOND_ADDRESS[b.family]
+    packet = Frame(SECOND_CLIENT[b.family], asked, sport=4000, dport=30080)
+    out = b.from_tunnel(packet, cast.node_a)
+    assert (out.verdict, out.frame.dst) == ("REDIRECT", cast.pod_z)
+    back = b.from_pod(out.frame.reply(), "podx")
+    assert (back.verdict, back.action, back.frame.src) == ("REDIRECT", "TUNNEL", asked)

@@ -86,7 +86,7 @@ def test_the_overlay_is_passed_by_the_stack(overlay: Places) -> None:
     """Pod to pod and ClusterIP to a pod on another node: in at one veth, out of the VXLAN."""
     near, far = overlay.nodes[:2]
     for node in (near, far):
-        assert {"FromNet", "ToNet"} <= hooks(overlay, node)[OVERLAY]
+        assert {"from_net", "to_net"} <= hooks(overlay, node)[OVERLAY]
     service = overlay.service(f"web-{far}")
     requests = [
         Request("tcp", overlay.pod_addresses(f"web-{far}")[4], workloads.POD_TCP),
