@@ -4,6 +4,7 @@
 #define PORT_TRIES 4
 #define FIRST_EPHEMERAL 32768
 #define EPHEMERALS 28232
+#define EEXIST 17
 
 static __always_inline void flow_packet(const struct flow *flow, struct packet *p) {
     __builtin_memcpy(&p->key, flow, sizeof(p->key));
@@ -13,16 +14,28 @@ static __always_inline void flow_packet(const struct flow *flow, struct packet *
     p->fragment = flow->fragment;
 }
 
+// Ones' complement sum of what is added to a checksum when `from` becomes `to`.
+static __always_inline __u32 word_difference(__u64 sum, __be32 from, __be32 to) {
+    sum += to;
+    sum += (__u32)~from;
+    return (__u32)sum + (__u32)(sum >> 32);
+}
+
+// What translating from the key to the entry does to the checksums.
 static __always_inline void set_differences(struct ct *entry, const struct ct_key *key) {
-    addr_t from[2] = {key->src, key->dst};
-    addr_t to[2] = {entry->new_src, entry->new_dst};
     __be32 from_ports = key->sport | (__u32)key->dport << 16;
     __be32 to_ports = entry->new_sport | (__u32)entry->new_dport << 16;
+    entry->port_diff = 0;
     if (from_ports != to_ports)
-        entry->port_diff = bpf_csum_diff(&from_ports, 4, &to_ports, 4, 0);
-    if (from_ports == to_ports && addr_equal(&from[0], &to[0]) && addr_equal(&from[1], &to[1]))
+        entry->port_diff = word_difference(0, from_ports, to_ports);
+    else if (addr_equal(&key->src, &entry->new_src) && addr_equal(&key->dst, &entry->new_dst))
         return;
-    entry->addr_diff = bpf_csum_diff((__be32 *)from, sizeof(from), (__be32 *)to, sizeof(to), 0);
+    __u32 sum = 0;
+    for (int i = 0; i < ADDR_WORDS; i++) {
+        sum = word_difference(sum, key->src.w[i], entry->new_src.w[i]);
+        sum = word_difference(sum, key->dst.w[i], entry->new_dst.w[i]);
+    }
+    entry->addr_diff = sum;
     entry->flags |= CT_NAT;
 }
 
@@ -61,9 +74,9 @@ static __always_inline void reply_entry(const struct flow *flow, __u64 now, stru
         copy_node(entry->nexthop, flow->node);
 }
 
-// Replies of two flows may look alike (one client port, two services, one backend): then the
-// second flow gets another source port. 1: the key is free, or was this very flow's.
-static __always_inline int key_is_free(const struct ct_key *key, const struct flow *flow) {
+// Is the entry that has the key of another flow's replies one to be replaced: this very flow's, or
+// a closed one's?
+static __always_inline int is_replaceable(const struct ct_key *key, const struct flow *flow) {
     struct ct *other = ct.lookup((struct ct_key *)key);
     if (!other || flow_closed(other, flow->proto))
         return 1;
@@ -71,39 +84,56 @@ static __always_inline int key_is_free(const struct ct_key *key, const struct fl
            other->new_sport == flow->dport && other->new_dport == flow->sport;
 }
 
-static __always_inline int reserve_reply_key(const struct flow *flow, struct ct *entry,
-                                             struct ct_key *key) {
-    reply_key(entry, flow->proto, key);
-    if (flow->proto != IPPROTO_TCP && flow->proto != IPPROTO_UDP)
-        return 1;
-    if (flow->hook == HOOK_TO_POD)
-        return key_is_free(key, flow);
-    for (int i = 0; i < PORT_TRIES; i++) {
-        if (key_is_free(key, flow))
-            return 1;
+enum { STORED, KEY_TAKEN, TABLE_FULL };
+
+// Most keys are free: they are written without being looked up.
+static __always_inline int store_reply(const struct flow *flow, struct ct_key *key,
+                                       struct ct *reply) {
+    set_differences(reply, key);
+    long failed = ct.insert(key, reply);
+    if (likely(!failed))
+        return STORED;
+    if (failed != -EEXIST)
+        return TABLE_FULL;
+    if ((flow->proto == IPPROTO_TCP || flow->proto == IPPROTO_UDP) && !is_replaceable(key, flow))
+        return KEY_TAKEN;
+    return ct.update(key, reply) < 0 ? TABLE_FULL : STORED;
+}
+
+// Replies of two flows may look alike (one client port, two services, one backend): then the
+// second flow gets another source port.
+static __always_inline int remember_reply(const struct flow *flow, struct ct *entry,
+                                          struct ct *reply) {
+    struct ct_key key;
+    reply_key(entry, flow->proto, &key);
+    int stored = store_reply(flow, &key, reply);
+    if (likely(stored != KEY_TAKEN) || flow->hook == HOOK_TO_POD)
+        return stored;
+    for (int i = 1; i < PORT_TRIES; i++) {
         entry->new_sport = bpf_htons(FIRST_EPHEMERAL + bpf_get_prandom_u32() % EPHEMERALS);
-        key->dport = entry->new_sport;
+        key.dport = entry->new_sport;
+        stored = store_reply(flow, &key, reply);
+        if (stored != KEY_TAKEN)
+            break;
     }
-    return 0;
+    return stored;
 }
 
 static __always_inline int store_flow(struct __sk_buff *skb, const struct flow *flow,
                                       const struct packet *p, struct ct *entry) {
     __u64 now = bpf_ktime_get_coarse_ns();
-    struct ct_key key;
+    int stored;
     forward_entry(flow, now, entry);
-    if (!reserve_reply_key(flow, entry, &key)) { // judged and passed, but not remembered
-        set_differences(entry, &p->key);
-        return flow->hook == HOOK_TO_POD ? 0 : -1;
-    }
     {
         struct ct reply = {};
         reply_entry(flow, now, &reply);
-        set_differences(&reply, &key);
-        if (ct.update(&key, &reply) < 0)
-            return -1;
+        stored = remember_reply(flow, entry, &reply);
     }
     set_differences(entry, &p->key);
+    if (unlikely(stored == KEY_TAKEN)) // judged and passed, but not remembered
+        return flow->hook == HOOK_TO_POD ? 0 : -1;
+    if (unlikely(stored == TABLE_FULL))
+        return -1;
     note_tcp(entry, p->tcp_flags);
     entry->packets = 1;
     entry->bytes = skb->len;
