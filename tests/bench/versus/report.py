@@ -110,7 +110,7 @@ class Report:
                 f["name"], f"{f['value']:.3f}", f["unit"], f["must"], spread, good, f["conditions"]
             )
         console.print(table)
-        console.print("Conditions: " + json.dumps(self.conditions))
+        console.print("Conditions: " + json.dumps(self.conditions), markup=False)
         console.print(f"Written: {RESULTS.relative_to(ROOT)}/bench-services*.json, *.svg")
         console.print(f"Took {time.monotonic() - STARTED:.0f} s.")
 

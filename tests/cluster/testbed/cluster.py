@@ -25,7 +25,7 @@ from cluster.testbed import (
     node,
     pki,
 )
-from cluster.testbed.commands import run
+from cluster.testbed.commands import run, wait_for
 from cluster.testbed.errors import TestbedError
 from cluster.testbed.progress import say, step
 from cluster.testbed.settings import (
@@ -107,6 +107,12 @@ def _start_forward() -> None:
     hosts.start_outside(CONTROL_PLANE.name, "forward", [*argv, CONTROL_PLANE.v4, str(API_PORT)])
     pki.kubeconfig(KUBECONFIG, "admin", f"https://127.0.0.1:{port}")
     (RUN / "port").write_text(str(port))
+    wait_for("the forward to the API server", lambda: _listens(port), 20, f"See {LOGS}", pause=0.05)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:
