@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from bpfdp_agent import memory
 from bpfdp_agent.bpf import features
 from bpfdp_agent.bpf.errors import MapFull
 from bpfdp_agent.config import Config, ConfigError, ProcessSettings, runtime_config
@@ -301,6 +302,7 @@ class Agent:
 
 async def run_agent(settings: ProcessSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises ConnectionError when no API server is configured."""
+    memory.prepare()
     connection = await connect()
     task = asyncio.ensure_future(Agent(settings, connection).run())
     loop = asyncio.get_running_loop()

@@ -29,6 +29,8 @@ _LOG_SIZE = 4 << 20
 _NAME_SIZE = 16
 BATCH = 4096
 """Entries per batch call: large enough to hide the call, small enough not to hold the CPU."""
+PAGE_BYTES = 1 << 20
+"""Of keys and values, at most, in a batch that is read: a Maglev table has kilobytes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -305,7 +307,7 @@ def _raw_batches(fd: int, info: MapInfo, batch: int) -> Iterator[tuple[bytes, by
 
     ENOSPC (a hash bucket holds more than the page) doubles the page; ENOENT marks the last page.
     """
-    size = min(batch, info.max_entries)
+    size = min(batch, info.max_entries, max(1, PAGE_BYTES // (info.key_size + info.value_bytes)))
     position: bytes | None = None
     done = False
     while not done:
@@ -344,7 +346,13 @@ def _lookup_batch(
     except NotFound:
         done = True
     (count,) = struct.unpack_from("=I", attr, 32)
-    return keys.raw, values.raw, count, out.raw, done
+    return (
+        ctypes.string_at(keys, info.key_size * count),
+        ctypes.string_at(values, info.value_bytes * count),
+        count,
+        out.raw,
+        done,
+    )
 
 
 def _split(keys: bytes, values: bytes, info: MapInfo, count: int) -> Iterator[tuple[bytes, bytes]]:

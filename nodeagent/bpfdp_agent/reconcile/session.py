@@ -16,6 +16,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from bpfdp_agent import memory
 from bpfdp_agent.bpf.cache import ObjectCache, shipped_bytecode
 from bpfdp_agent.bpf.compiler import Compiler
 from bpfdp_agent.bpf.errors import BpfError
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SETTLE_AFTER = 3.0
+"""Seconds after the first sync; a collection of everything holds the loop for a moment."""
+
 
 class Session:
     """One attachment of this node. `start` may raise BpfError; call `stop` then."""
@@ -65,6 +69,7 @@ class Session:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: dict[str, Loop] = {}
         self.stopped = False
+        self._settled_memory = False
         maps = self._kernel.maps
         self._connections = Connections(around, maps)
         self._services = ServiceSync(around, maps, self._connections, self._settled)
@@ -186,6 +191,9 @@ class Session:
             self._health.not_ready = "programs are not attached yet"
         else:
             self._health.not_ready = ""
+            if not self._settled_memory:
+                self._settled_memory = True
+                asyncio.get_running_loop().call_later(SETTLE_AFTER, memory.settle)
 
     # -- the end --------------------------------------------------------------------------
 
