@@ -17,7 +17,7 @@ from cluster import workloads
 from cluster.dataplane import get, wait_for
 from cluster.places import NODE, OUTSIDE, POD, Places
 from cluster.probes import Answer, Request, ask, ask_one
-from cluster.testbed.settings import CLIENT, OVERLAY, SECOND_V4, SECOND_V6
+from cluster.testbed.settings import CLIENT, GATEWAY, OVERLAY, SECOND_V4, SECOND_V6
 
 FAMILIES = (4, 6)
 PROTOCOLS = ("tcp", "udp")
@@ -41,11 +41,17 @@ def networks(shop: Places) -> Places:
 
 
 @pytest.fixture
-def strict(shop: Places) -> Places:
-    """The shop, on nodes with a strict reverse path filter and no default route."""
+def strict(shop: Places) -> Iterator[Places]:
+    """The shop, on nodes with a strict reverse path filter; the first has no default route now."""
     if not shop.bed.settings.strict:
         pytest.skip("NOT RUN: needs `make cluster STRICT=1`")
-    return shop
+    gateways = {4: GATEWAY.v4, 6: GATEWAY.v6}
+    for family in FAMILIES:
+        shop.bed.node_exec(shop.nodes[0], ["ip", f"-{family}", "route", "del", "default"])
+    yield shop
+    for family, gateway in gateways.items():
+        add = ["ip", f"-{family}", "route", "replace", "default", "via", gateway]
+        shop.bed.node_exec(shop.nodes[0], add)
 
 
 def second(shop: Places, node: str, family: int) -> str:

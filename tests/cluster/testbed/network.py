@@ -67,9 +67,7 @@ def connect(nodes: Sequence[Node], settings: Settings) -> None:
     _shell(CLIENT, _own(CLIENT) + _default_routes())
     for node in nodes:
         others = [other for other in nodes if other != node]
-        _shell(node, _sysctls(settings) + _own(node))
-        if not settings.strict:
-            _shell(node, _default_routes())
+        _shell(node, _sysctls(settings) + _own(node) + _default_routes())
         overlay = settings.cni == "overlay"
         _shell(node, _overlay(node, others) if overlay else _pod_routes(others))
 

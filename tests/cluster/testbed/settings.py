@@ -86,7 +86,7 @@ class Settings:
     proxy: str = "iptables"
     networks: int = 1
     strict: bool = False
-    """Nodes check the reverse path strictly and have no default route."""
+    """Nodes check the reverse path strictly."""
 
     @classmethod
     def from_env(cls) -> Settings:
