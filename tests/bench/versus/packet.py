@@ -10,12 +10,13 @@ import sys
 
 from versus.report import RESULTS, ROOT, Report, say
 
-LINES = {
+CASES = {
     "est_over_floor": "est",
-    "est_nat_over_floor": "est_nat",
-    "new_over_floor": "new",
-    "new_clusterip_over_floor": "new_nat",
+    "est_nat_over_floor": "est_clusterip",
+    "new_over_floor": "new_rule",
+    "new_clusterip_over_floor": "new_clusterip",
 }
+"""Measure → the case whose families' figures are its samples."""
 
 
 def run(report: Report, quick: bool) -> None:
@@ -29,7 +30,8 @@ def run(report: Report, quick: bool) -> None:
     if done.returncode:
         report.failed("packet", RuntimeError(done.stderr))
         return
-    rows = json.loads((RESULTS / "bench-packet.json").read_text())["results"]
-    for name, case in LINES.items():
-        families = [rows[f"{case}{family}"]["over_floor"] for family in (4, 6)]
-        report.figure(name, max(families), "ratio", "the dearer of IPv4 and IPv6", families)
+    lines = json.loads((RESULTS / "bench-packet.json").read_text())
+    values = {line["name"]: line["value"] for line in lines}
+    for name, case in CASES.items():
+        families = [values[f"{case}{family}_over_floor"] for family in (4, 6)]
+        report.figure(name, values[name], "ratio", "the dearer of IPv4 and IPv6", families)
