@@ -76,9 +76,14 @@ class _Port(msgspec.Struct):
 
 
 class _Shared(msgspec.Struct):
-    """A backend: its id, and what each service port that uses it knows of it."""
+    """A backend: its id, and what each service port that uses it knows of it.
+
+    `place` and `key` are kept so that all tables share one object for each.
+    """
 
     id: int
+    place: Place
+    key: bytes
     known: dict[ServicePortKey, Backend] = msgspec.field(default_factory=dict)
 
 
@@ -349,11 +354,12 @@ class ServiceTables:
         list_id = port.id * 2 + kind
         written = port.lists[kind]
         pinned = [_place(b) for b in self._adopted.backends_of(list_id)]
-        after = _rearranged(written or pinned, [_place(b) for b in wanted])
+        backends = [self._backends[_place(b)] for b in wanted]
+        after = _rearranged(written or pinned, [b.place for b in backends])
         for slot, place in enumerate(after):
             if slot >= len(written) or written[slot] != place:
-                value = U32.pack(self._family, value=self._backends[place].id)
-                self._want("slots", self._slot_key(list_id, slot), value)
+                # a slot's value is the backend's key
+                self._want("slots", self._slot_key(list_id, slot), self._backends[place].key)
         for slot in range(len(after), len(written)):
             self._want("slots", self._slot_key(list_id, slot), None)
         self._set_members(
@@ -433,7 +439,8 @@ class ServiceTables:
         shared = self._backends.get(place)
         if shared is None:
             taken = self._adopted.backends.get(place) or self._backend_ids.take()
-            shared = self._backends[place] = _Shared(taken)
+            key = INDEX.pack(self._family, index=taken)
+            shared = self._backends[place] = _Shared(taken, place, key)
         if shared.known.get(user) != backend:
             shared.known[user] = backend
             self._touched_places.add(place)
@@ -453,7 +460,7 @@ class ServiceTables:
     def _settle_backends(self) -> None:
         for place in self._touched_places:
             shared = self._backends[place]
-            key = INDEX.pack(self._family, index=shared.id)
+            key = shared.key
             if shared.known:
                 # where services disagree (one slice names the node, another does not): the fuller
                 self._want("backends", key, self._backend_value(max(shared.known.values())))

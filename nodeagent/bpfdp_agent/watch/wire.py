@@ -9,6 +9,7 @@ No struct keeps the resourceVersion: two versions that differ in nothing we use 
 from __future__ import annotations
 
 import enum
+import sys
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -560,4 +561,21 @@ def decode(kind: Kind, raw: msgspec.Raw | bytes) -> AnyObject:
     if isinstance(found, BpfDataplaneConfig):
         # a Raw is a window on the whole response; the copy lets that go
         return msgspec.structs.replace(found, spec=found.spec.copy())
+    if isinstance(found, EndpointSlice):
+        _share(found)
     return found
+
+
+_conditions: dict[EndpointConditions, EndpointConditions] = {}  # at most 27
+
+
+def _share(found: EndpointSlice) -> None:
+    """One object for what tens of thousands of endpoints have in common: node and conditions.
+
+    Nobody has seen the slice yet, and what is put is equal to what is there.
+    """
+    for endpoint in found.endpoints or ():
+        conditions = _conditions.setdefault(endpoint.conditions, endpoint.conditions)
+        msgspec.structs.force_setattr(endpoint, "conditions", conditions)
+        if endpoint.node_name is not None:
+            msgspec.structs.force_setattr(endpoint, "node_name", sys.intern(endpoint.node_name))
