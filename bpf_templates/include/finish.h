@@ -95,19 +95,19 @@ static __always_inline int store_reply(const struct flow *flow, struct ct_key *k
         return STORED;
     if (failed != -EEXIST)
         return TABLE_FULL;
-    if ((flow->proto == IPPROTO_TCP || flow->proto == IPPROTO_UDP) && !is_replaceable(key, flow))
+    if (flow->sport && flow->proto != FAMILY_ICMP && !is_replaceable(key, flow))
         return KEY_TAKEN;
     return ct.update(key, reply) < 0 ? TABLE_FULL : STORED;
 }
 
 // Replies of two flows may look alike (one client port, two services, one backend): then the
-// second flow gets another source port.
+// second flow gets another source port, but with SCTP, whose checksum covers the ports.
 static __always_inline int remember_reply(const struct flow *flow, struct ct *entry,
                                           struct ct *reply) {
     struct ct_key key;
     reply_key(entry, flow->proto, &key);
     int stored = store_reply(flow, &key, reply);
-    if (likely(stored != KEY_TAKEN) || flow->hook == HOOK_TO_POD)
+    if (likely(stored != KEY_TAKEN) || flow->hook == HOOK_TO_POD || flow->proto == IPPROTO_SCTP)
         return stored;
     for (int i = 1; i < PORT_TRIES; i++) {
         entry->new_sport = bpf_htons(FIRST_EPHEMERAL + bpf_get_prandom_u32() % EPHEMERALS);

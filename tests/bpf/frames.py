@@ -10,7 +10,7 @@ import ipaddress
 import struct
 from dataclasses import dataclass, field, replace
 
-TCP, UDP, ICMP4, ICMP6 = 6, 17, 1, 58
+TCP, UDP, ICMP4, ICMP6, SCTP = 6, 17, 1, 58, 132
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 HOST_MAC, PEER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 
@@ -60,7 +60,7 @@ class Frame:
         if self.proto != TCP:
             object.__setattr__(self, "flags", 0)
             object.__setattr__(self, "seq", 0)
-        if self.proto not in (TCP, UDP):
+        if self.proto not in (TCP, UDP, SCTP):
             object.__setattr__(self, "sport", 0)
             object.__setattr__(self, "dport", 0)
 
@@ -102,6 +102,8 @@ class Frame:
             kind, code, word = self.icmp
             body = struct.pack(">BBHI", kind, code, 0, word)
             at = 2
+        elif self.proto == SCTP:  # a tag, and a checksum that nobody may touch
+            return struct.pack(">HHII", self.sport, self.dport, 7, 0x12345678) + self.payload
         else:
             return self.payload
         body += self.payload
@@ -243,6 +245,10 @@ def _read_transport(found: Frame, body: bytes, pseudo: bytes) -> Frame:
     if proto in (ICMP4, ICMP6) and len(body) >= 8:
         kind, code, _, word = struct.unpack(">BBHI", body[:8])
         return found.but(icmp=(kind, code, word), payload=body[8:], valid=found.valid and whole)
+    if proto == SCTP and len(body) >= 12:
+        sport, dport, _, crc = struct.unpack(">HHII", body[:12])
+        whole = crc == 0x12345678
+        return found.but(sport=sport, dport=dport, payload=body[12:], valid=found.valid and whole)
     if proto in (TCP, UDP) and len(body) >= 4:
         sport, dport = struct.unpack(">HH", body[:4])
         return found.but(sport=sport, dport=dport)

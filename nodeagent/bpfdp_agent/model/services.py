@@ -195,9 +195,12 @@ def _service_port(
     )
     ranges = _source_ranges(service, family, reader.nodes, problems)
     verdicts = _Verdicts(internal_local, external_local, sets.any, bool(ranges))
+    frontends = _frontends(port, protocol, cluster_ip, outside, verdicts)
+    if port.protocol == "SCTP":
+        frontends = _without_translation(port, frontends, sets, problems)
     return ServicePort(
         key=ServicePortKey(service.metadata.namespace, service.metadata.name, port.name, protocol),
-        frontends=_frontends(port, protocol, cluster_ip, outside, verdicts),
+        frontends=frontends,
         cluster=sets.cluster,
         local=sets.local,
         affinity_seconds=_affinity(service.spec),
@@ -304,6 +307,30 @@ def _frontends(
         flags = external | flag.SOURCE_RANGES if guarded else external
         found.append(Frontend(address, port.port, protocol, flags, rank))
     return tuple(found)
+
+
+def _without_translation(
+    port: wire.ServicePort,
+    frontends: tuple[Frontend, ...],
+    sets: EndpointSets,
+    problems: list[str],
+) -> tuple[Frontend, ...]:
+    """The frontends whose port every endpoint has too.
+
+    A new port would need a new SCTP checksum (CRC32c over the whole packet), which a program at tc
+    cannot compute; it does not cover addresses. What is left out is a problem that is named.
+    """
+    ports = sorted({backend.port for backend in (*sets.cluster, *sets.local)})
+    kept = tuple(f for f in frontends if ports in ([], [f.port]))
+    for refused in sorted({f.port for f in frontends if f not in kept}):
+        listed = ", ".join(map(str, ports))
+        kind = "nodePort" if refused == port.node_port else "port"
+        problems.append(
+            f"port {port.name or port.port}: SCTP {kind} {refused} is not served, its endpoints"
+            f" listen on {listed}: ports of SCTP packets cannot be changed;"
+            f" let {kind} and targetPort be the same"
+        )
+    return kept
 
 
 # -- endpoints --------------------------------------------------------------------------------

@@ -66,16 +66,41 @@ def test_one_number_three_protocols():
     slice_ = endpoint_slice(
         [endpoint("10.0.0.1")],
         ports=[
-            {"name": n.lower(), "port": 1000 + i, "protocol": n}
-            for i, n in enumerate(("TCP", "UDP", "SCTP"))
+            {"name": n.lower(), "port": port, "protocol": n}
+            for n, port in (("TCP", 1000), ("UDP", 1001), ("SCTP", 53))
         ],
     )
     found = view(service(ports=ports), slice_).ports
     assert [(p.key.protocol, p.frontends[0].port, p.cluster[0].port) for p in found] == [
         (6, 53, 1000),
         (17, 53, 1001),
-        (132, 53, 1002),
+        (132, 53, 53),
     ]
+
+
+def sctp(target, **spec):
+    ports = [{"name": "s", "port": 80, "nodePort": 30080, "protocol": "SCTP"}]
+    slice_ = endpoint_slice(
+        [endpoint("10.0.0.1")] if target else [],
+        ports=[{"name": "s", "port": target, "protocol": "SCTP"}] if target else [],
+    )
+    return view(service(ports=ports, type="NodePort", **spec), slice_)
+
+
+def test_sctp_is_served_where_its_ports_stay():
+    found = sctp(80)
+    assert [f.port for f in found.ports[0].frontends] == [80]
+    (problem,) = found.problems
+    assert "nodePort 30080 is not served" in problem
+    assert "let nodePort and targetPort be the same" in problem
+    assert [f.port for f in sctp(30080).ports[0].frontends] == [30080]
+    assert len(sctp(8080).problems) == 2
+
+
+def test_sctp_without_endpoints_is_refused_by_every_frontend():
+    found = sctp(0)
+    assert [f.port for f in found.ports[0].frontends] == [80, 30080]
+    assert found.problems == ()
 
 
 def test_families_know_nothing_of_each_other():
