@@ -280,6 +280,24 @@ def test_affinity_holds_while_the_backend_is_a_member(a: Node, cast: Addresses) 
     assert len(again) == 1
 
 
+def test_affinity_holds_through_the_tunnel(a: Node, b: Node, cast: Addresses) -> None:
+    """The second node chooses among its own, and stays with its choice for the client too."""
+    ports = range(8000, 8032)
+    for node, where in ((a, cast.node_b), (b, None)):
+        node.service(
+            [(None, NODEPORT)],
+            [(cast.pod_z, port, where) for port in ports],
+            affinity=100,
+            flags=FrontendFlag.EXTERNAL,
+        )
+    chosen = set()
+    for i in range(10):
+        out = a.from_net(Frame(cast.client, cast.node_a, sport=1000 + i, dport=NODEPORT))
+        chosen.add(b.from_tunnel(out.frame, cast.node_a).frame.dport)
+    direct = b.from_net(Frame(cast.client, cast.node_b, sport=3000, dport=NODEPORT))
+    assert {direct.frame.dport} == chosen
+
+
 def test_without_affinity_all_backends_are_used(a: Node, cast: Addresses) -> None:
     a.service([(cast.external, 80)], [(cast.pod_x, 8000 + i, None) for i in range(4)])
     chosen = {
