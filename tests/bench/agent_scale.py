@@ -223,7 +223,7 @@ class Agent:
             **os.environ, "NODE_NAME": NODE, "NODE_IPS": NODE_ADDRESS,
             "KUBECONFIG": str(kubeconfig), "BPFDP_STATE_DIR": str(directory / "state"),
             "BPFDP_BYTECODE": str(REPO / "build/bench-bytecode"),
-            "PYTHONPATH": str(REPO / "nodeagent"), "HOME": str(directory),
+            "PYTHONPATH": f"{REPO / 'nodeagent'}:{os.environ.get('PYTHONPATH', '')}", "HOME": str(directory),
         }  # fmt: skip
         tracing = ["-m", "cProfile", "-o", str(profile)] if profile else []
         command = [sys.executable, *tracing, "-m", "bpfdp_agent", "agent"]
@@ -358,6 +358,7 @@ async def measure(
         started = time.monotonic()
         await writer.fill(etcd, options.services)
         print(f"filled in {time.monotonic() - started:.1f} s", flush=True)
+        await asyncio.sleep(options.settle)  # the API server has its caches to fill
         config = {"apiVersion": "bpfdataplane.io/v1alpha1", "kind": "BpfDataplaneConfig",
                   "metadata": {"name": "default"}, "spec": {}}  # fmt: skip
         await writer.send("POST", "/apis/bpfdataplane.io/v1alpha1/bpfdataplanes", config)
@@ -366,6 +367,7 @@ async def measure(
             await measure_agent(agent, session, writer, api, options, tell)
         finally:
             agent.stop()
+            (REPO / "build/results/bench-agent.log").write_bytes(agent.log.read_bytes())
     return results
 
 
