@@ -64,7 +64,7 @@ def ask(run: Run, requests: Iterable[Request]) -> dict[Request, Answer]:
             index, _, rest = line.partition(" ")
             words = rest.split()
             answers[chunk[int(index)]] = Answer(
-                words[0] if words else "", _host(words[1]) if len(words) > 1 else ""
+                words[0] if words else "", host_of(words[1]) if len(words) > 1 else ""
             )
     return {r: answers.get(r, Answer("", "")) for r in wanted}
 
@@ -74,7 +74,7 @@ def ask_one(run: Run, request: Request) -> Answer:
     return ask(run, [request])[request]
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
     """`1.2.3.4:5` or `[::1]:5` without the port; an IPv4 address mapped into IPv6 as IPv4."""
     host = address.rpartition(":")[0].strip("[]")
     return host.removeprefix("::ffff:")

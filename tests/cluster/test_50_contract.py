@@ -18,6 +18,7 @@ import pytest
 from cluster import workloads
 from cluster.dataplane import get, wait_for
 from cluster.places import NODE, OUTSIDE, POD, Places
+from cluster.probes import host_of
 from cluster.testbed import Testbed
 from contract.vectors import (
     OTHER_PORT,
@@ -180,7 +181,8 @@ def ask_all(
         lines = []
         for index, (_, (address, port), tries) in enumerate(chunk):
             url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-            curl = f"r=$(curl -gs --connect-timeout 1.5 -m 4 {url}/hostname); echo {index} $? $r"
+            get = "curl -gs -w ' ' --fail-early --connect-timeout 1.5 -m 4"
+            curl = f"r=$({get} {url}/hostname {url}/clientip); echo {index} $? $r"
             lines.append(f"( for i in $(seq {tries}); do {curl}; done ) &")
         for line in stage.shop.place(place)("\n".join([*lines, "wait"])).splitlines():
             number, code, *answer = line.split()
@@ -191,11 +193,20 @@ def ask_all(
 
 def _meaning(stage: Stage, case: Case, code: int, answer: list[str]) -> str:
     if code == 0 and answer:
-        return stage.backends.get(answer[0], answer[0])
+        return _who(stage, case, *answer)
     if case.flow.verdict == "untouched":
         return "untouched"  # nobody of ours answers; what the network says is its own affair
     # a node's process is told at once that there is nobody (EHOSTUNREACH)
     return {REFUSED: "reject", TIMED_OUT: "drop"}.get(code, f"curl exit code {code}")
+
+
+def _who(stage: Stage, case: Case, hostname: str, client: str) -> str:
+    """The backend; where it sees another than the client, that too. A node has many addresses."""
+    name = stage.backends.get(hostname, hostname)
+    own = stage.clients.get(case.flow.from_)
+    if own and host_of(client) != own[case.family]:
+        return f"{name} that sees {host_of(client)}"
+    return name
 
 
 def met(case: Case, seen: set[str]) -> bool:
