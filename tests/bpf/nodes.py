@@ -305,7 +305,7 @@ class Node:
             flags=flags,
             **value,
         )
-        for device in ("data0", "data1", "overlay0"):
+        for device in {"data0", "data1", "overlay0"} & self.netns.ifindex.keys():
             self.put("interfaces", {"index": self.netns.ifindex[device]}, value=1)
         self.put("own_addresses", {"addr": raw(own)}, value=1)
         for each in (self.cast.node_a, self.cast.node_b):

@@ -126,7 +126,7 @@ def test_the_tunnel_device():
         moved = await tunnel.ensure(4790, 0)
         shown = shell("ip -d -o link show bpfdp_vxlan")
         shell("ip link add other type vxlan external dstport 4799")
-        with pytest.raises(DeviceFailed, match=r"port 4799 .* spec\.tunnel\.port"):
+        with pytest.raises(DeviceFailed, match=r"port 4799.*spec\.tunnel\.port"):
             await tunnel.ensure(4799, 0)
         kept = shell("ip -d -o link show bpfdp_vxlan")
         gone = [await tunnel.remove(), await tunnel.remove()]
