@@ -266,7 +266,7 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
 }
 
 // A UDP server of the node that listens on every address answers from the address its route to the
-// pod prefers (the pods' gateway), not from the one the service's packet was sent to.
+// pod prefers (the pods' gateway), not from the one the pod's packet was sent to.
 static __always_inline void answer_as_asked(struct flow *flow) {
     struct settings *node = node_settings();
     struct ct_key key;
@@ -275,7 +275,7 @@ static __always_inline void answer_as_asked(struct flow *flow) {
     __builtin_memcpy(&key, flow, sizeof(key));
     node_address(node, &key.src);
     struct ct *asked = ct.lookup(&key);
-    if (!asked || !(asked->flags & CT_REPLY) || !(asked->flags & CT_NAT))
+    if (!asked || !(asked->flags & CT_REPLY))
         return;
     flow->new_src = asked->new_src;
     flow->new_sport = asked->new_sport;

@@ -109,6 +109,7 @@ class ServicesSpec(_Wire, frozen=True):
 
     external_service_mode: Literal["Tunnel", "DSR"] = "Tunnel"
     algorithm: Literal["Random", "Maglev"] = "Random"
+    connect_time_load_balancing: Literal["TCP", "Enabled", "Disabled"] = "TCP"
     dsr_opt_out_cidrs: tuple[str, ...] = msgspec.field(name="dsrOptOutCIDRs", default=())
     node_port_range: str = "30000-32767"
     node_port_addresses: tuple[str, ...] = ()
@@ -171,6 +172,9 @@ class Config(msgspec.Struct, frozen=True):
     kube_proxy_state: str = "Running"
     dsr: bool = False
     maglev: bool = False
+    connect_tcp: bool = True
+    """Pods' TCP sockets are translated at connect time."""
+    connect_udp: bool = False
     dsr_optout: tuple[str, ...] = ()
     node_port_range: tuple[int, int] = (30000, 32767)
     node_port_addresses: tuple[str, ...] = ()
@@ -202,6 +206,8 @@ def runtime_config(obj: BpfDataplaneConfig) -> Config:
         kube_proxy_state=obj.status.kube_proxy.state,
         dsr=spec.services.external_service_mode == "DSR",
         maglev=spec.services.algorithm == "Maglev",
+        connect_tcp=spec.services.connect_time_load_balancing != "Disabled",
+        connect_udp=spec.services.connect_time_load_balancing == "Enabled",
         dsr_optout=_cidrs("spec.services.dsrOptOutCIDRs", spec.services.dsr_opt_out_cidrs),
         node_port_range=_port_range(spec.services.node_port_range),
         node_port_addresses=_cidrs(

@@ -248,6 +248,10 @@ POLICY_SLOT_FIRST = 2
 ENDPOINT = struct_of("endpoint", ifindex="u32", ingress_slot="u32", egress_slot="u32", flags="u32")
 """A pod of this node: its host-side veth and the policy programs of its two directions."""
 
+NAMESPACE_KEY = struct_of("namespace_key", cookie="u64")
+NAMESPACE = struct_of("namespace", addr="addr")
+"""A pod of this node by its network namespace (SO_NETNS_COOKIE): the address it connects from."""
+
 NODE_KEY = struct_of("node_key", addr="bytes16")
 """Always 16 bytes, IPv4 as ::ffff:a.b.c.d, for outer and inner addresses alike."""
 
@@ -279,6 +283,9 @@ class SettingsFlag(enum.IntFlag):
     DSR = 1
     POLICY_DISABLED = 2
     MAGLEV = 4
+    CONNECT_TCP = 8  # pods' TCP sockets are translated when they connect
+    CONNECT_UDP = 16  # and their UDP sockets, when they connect or send
+    CONNECT_UDP_USED = 32  # some may be translated: CONNECT_UDP is or was set since the node booted
 
 
 # -- flows: the packet path's own ---------------------------------------------------------------
@@ -365,7 +372,7 @@ class PolicyDirection(enum.IntEnum):
 
 
 class SocketKind(enum.IntEnum):
-    """`socket_key.kind`: what is looked up for a socket of the node."""
+    """`socket_key.kind`: what is looked up for a socket."""
 
     CHOICE = 0  # service address -> the backend this socket uses
     SERVICE = 1  # backend address -> the service address the process asked for
@@ -461,6 +468,7 @@ CONTROL_MAPS = (
     Map("service_ranges", MapType.LPM_TRIE, CIDR_KEY, U32, 256, NO_PREALLOC),
     Map("dsr_optout", MapType.LPM_TRIE, CIDR_KEY, U32, 256, NO_PREALLOC),
     Map("endpoints", MapType.HASH, ADDRESS_KEY, ENDPOINT, 4096, NO_PREALLOC),
+    Map("pod_namespaces", MapType.HASH, NAMESPACE_KEY, NAMESPACE, 4096, NO_PREALLOC),
     Map("identities", MapType.HASH, ADDRESS_KEY, IDENTITY, 524288, NO_PREALLOC),
     Map("own_addresses", MapType.HASH, ADDRESS_KEY, U32, 1024, NO_PREALLOC),
     Map("interfaces", MapType.HASH, INDEX, U32, 64, NO_PREALLOC, per_family=False),

@@ -104,3 +104,55 @@ def connect_once(kind: int, address: str, port: int) -> int:
         client.setblocking(False)
         error = client.connect_ex((address, port))
     return 0 if error == errno.EINPROGRESS else error
+
+
+_held: dict[str, socket.socket] = {}
+
+
+def hold_udp(address: str, port: int) -> Any:
+    """Connect a UDP socket and keep it; its peer's name as shown."""
+    held = _held["udp"] = socket.socket(kind_of(address), socket.SOCK_DGRAM)
+    held.settimeout(2)
+    held.connect((address, port))
+    return held.getpeername()[:2]
+
+
+def held_send() -> str:
+    """Send by the kept socket: the error's name, empty where there is none."""
+    try:
+        _held["udp"].send(b"?")
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    return ""
+
+
+def hold_unconnected() -> None:
+    """Keep an unconnected UDP socket."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        held = socket.socket(family, socket.SOCK_DGRAM)
+        held.settimeout(2)
+        _held[f"unconnected {int(family)}"] = held
+
+
+def held_ask(address: str, port: int, listen: list[tuple[str, int]]) -> tuple[Any, bytes] | str:
+    """Ask by the kept unconnected socket: (sender as shown, the port of who answered), or error."""
+    client = _held[f"unconnected {int(kind_of(address))}"]
+    servers = [socket.socket(kind_of(name[0]), socket.SOCK_DGRAM) for name in listen]
+    try:
+        for server, name in zip(servers, listen, strict=True):
+            server.bind(name)
+            server.setblocking(False)
+        client.sendto(b"?", (address, port))
+        for server, name in zip(servers, listen, strict=True):
+            try:
+                _, sender = server.recvfrom(10)
+            except BlockingIOError:
+                continue
+            server.sendto(str(name[1]).encode(), sender)
+        answer, seen = client.recvfrom(10)
+        return seen[:2], answer
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+    finally:
+        for server in servers:
+            server.close()

@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyroute2
 
@@ -27,6 +27,7 @@ from bpfdp_agent.dataplane.links import (
     Link,
     Monitor,
     fetch_links,
+    netns_cookie,
     number_of_netns,
     read_links,
     wait_any,
@@ -58,6 +59,7 @@ class PodLink:
     """A pod's veth pair. `netns` is the namespace's file name; addresses as text, sorted."""
 
     netns: str
+    netns_cookie: int
     ifindex: int
     """The host's end."""
     ifname: str
@@ -69,10 +71,17 @@ class PodLink:
     addresses: tuple[str, ...]
 
 
-def match(netns: str, inside: Sequence[Link], host: Mapping[int, Link]) -> list[PodLink]:
+class Inside(NamedTuple):
+    """What was found in a namespace: its links and its SO_NETNS_COOKIE."""
+
+    links: Sequence[Link]
+    cookie: int
+
+
+def match(netns: str, inside: Inside, host: Mapping[int, Link]) -> list[PodLink]:
     """The pairs between a namespace and the host: both are veths and name each other."""
     found = []
-    for link in inside:
+    for link in inside.links:
         other = host.get(link.peer)
         if link.kind != "veth" or other is None or other.kind != "veth":
             continue
@@ -82,6 +91,7 @@ def match(netns: str, inside: Sequence[Link], host: Mapping[int, Link]) -> list[
         found.append(
             PodLink(
                 netns=netns,
+                netns_cookie=inside.cookie,
                 ifindex=other.ifindex,
                 ifname=other.name,
                 host_mac=other.mac,
@@ -94,7 +104,7 @@ def match(netns: str, inside: Sequence[Link], host: Mapping[int, Link]) -> list[
     return found
 
 
-def read_namespace(path: Path) -> list[Link] | None:
+def read_namespace(path: Path) -> Inside | None:
     """Links of the namespace with their peer in this process's; None when it cannot be read.
 
     Without looking at the peer's namespace, two pairs with the same numbers could be confused.
@@ -104,7 +114,7 @@ def read_namespace(path: Path) -> list[Link] | None:
     except OSError:
         return None
     try:
-        return in_netns(descriptor, _links_into_ours)
+        return in_netns(descriptor, lambda: Inside(_links_into_ours(), netns_cookie()))
     except (OSError, pyroute2.NetlinkError, pyroute2.NetlinkDecodeError) as error:
         log.debug("namespace %s cannot be read: %s", path.name, error)
         return None
@@ -129,7 +139,7 @@ class PodWatcher:
 
     def __init__(self, directory: Path = NETNS_DIR) -> None:
         self._directory = directory
-        self._read: dict[str, tuple[int, list[Link]]] = {}
+        self._read: dict[str, tuple[int, Inside]] = {}
         self._first_seen: dict[str, float] = {}
         self._last_full = float("-inf")
 
@@ -208,10 +218,10 @@ class PodWatcher:
             return False
         return bool(match(name, known[1], host))
 
-    def _read_namespaces(self, names: Sequence[str]) -> dict[str, list[Link] | None]:
+    def _read_namespaces(self, names: Sequence[str]) -> dict[str, Inside | None]:
         return {name: read_namespace(self._directory / name) for name in names}
 
-    def _keep(self, names: Mapping[str, int], fresh: Mapping[str, list[Link] | None]) -> None:
+    def _keep(self, names: Mapping[str, int], fresh: Mapping[str, Inside | None]) -> None:
         """What was read; a namespace that is still there and failed stays as it was read last."""
         for name, inside in fresh.items():
             known = self._read.get(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closing the node's own UDP sockets that are connected to backends that are gone.
+"""Closing UDP sockets that are connected to backends that are gone, of the node and of its pods.
 
 A connected UDP socket was translated once, at connect(): nothing would ever tell its owner that
 the backend is gone. SOCK_DESTROY disconnects it: its next call fails, and it connects again.
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.bpf.errors import SyscallFailed
+from bpfdp_agent.bpf.netns import in_netns
+from bpfdp_agent.dataplane.pods import NETNS_DIR
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
@@ -26,16 +30,38 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")
 _REQUEST_HEAD = struct.Struct("=BBBBI")  # family, protocol, extensions, pad, states
 _ID_OFFSET, _ID_SIZE = 4, 48  # of struct inet_diag_sockid in struct inet_diag_msg
-_PEER_PORT_OFFSET, _PEER_OFFSET = 2, 20  # in struct inet_diag_sockid
+_PEER_PORT_OFFSET, _PEER_OFFSET, _COOKIE_OFFSET = 2, 20, 40  # in struct inet_diag_sockid
 _CONNECTED = 1 << 1  # TCP_ESTABLISHED, which UDP uses for connected sockets
 _ALREADY_GONE = (errno.ENOENT, errno.ESTALE)
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Backend = tuple[IPAddress, int]
+Translated = Callable[[bytes, Backend], bool]
+"""Whether a socket (its SO_COOKIE, 8 bytes) was connected to the backend through a service."""
 
 
-def close_connected_udp(backends: Collection[Backend]) -> int:
-    """Close this namespace's UDP sockets connected to any of the (address, port); how many."""
+def close_in_pods(
+    namespaces: Iterable[str], backends: Collection[Backend], translated: Translated
+) -> int:
+    """The same in the pods' namespaces (names under /run/netns); one that is gone has no socket."""
+    closed = 0
+    for name in namespaces:
+        try:
+            descriptor = os.open(NETNS_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            closed += in_netns(descriptor, lambda: close_connected_udp(backends, translated))
+        finally:
+            os.close(descriptor)
+    return closed
+
+
+def close_connected_udp(backends: Collection[Backend], translated: Translated) -> int:
+    """Close this namespace's UDP sockets connected to any of the (address, port); how many.
+
+    Only those that asked for a service: one that was connected to the address itself stays.
+    """
     if not backends:
         return 0
     wanted = frozenset(backends)
@@ -44,7 +70,8 @@ def close_connected_udp(backends: Collection[Backend]) -> int:
         for family in (socket.AF_INET, socket.AF_INET6):
             connected = list(_connected_udp(diag, family))
             for peer, sockid in connected:
-                if peer in wanted:
+                cookie = sockid[_COOKIE_OFFSET : _COOKIE_OFFSET + 8]
+                if peer in wanted and translated(cookie, peer):
                     closed += _destroy(diag, family, sockid)
     return closed
 

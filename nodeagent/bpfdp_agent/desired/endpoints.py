@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pods of this node: the `endpoints` map, address → host-side veth and policy programs."""
+"""The pods of this node: `endpoints`, address → host-side veth and policy programs, and
+`pod_namespaces`, network namespace → address.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from bpfdp_agent.layouts import ADDRESS_KEY, ENDPOINT, POLICY_SLOT_ALLOW, POLICY_SLOT_DENY
+from bpfdp_agent.layouts import (
+    ADDRESS_KEY,
+    ENDPOINT,
+    NAMESPACE,
+    NAMESPACE_KEY,
+    POLICY_SLOT_ALLOW,
+    POLICY_SLOT_DENY,
+)
 from bpfdp_agent.model.addresses import family_of
 from bpfdp_agent.model.pods import pod_addresses
 
@@ -63,6 +72,22 @@ def endpoint_entries(
                 ingress_slot=slots.ingress,
                 egress_slot=slots.egress,
             )
+    return entries
+
+
+def namespace_entries(
+    family: int, links: Iterable[PodLink], endpoints: Mapping[bytes, bytes]
+) -> dict[bytes, bytes]:
+    """The map `pod_namespaces`: for each pod the first address that `endpoints` says is its own."""
+    entries: dict[bytes, bytes] = {}
+    for link in links:
+        for address in link.addresses:
+            if family_of(address) != family or not link.netns_cookie:
+                continue
+            own = endpoints.get(ADDRESS_KEY.pack(family, addr=address))
+            if own is not None and ENDPOINT.unpack(family, own)["ifindex"] == link.ifindex:
+                key = NAMESPACE_KEY.pack(family, cookie=link.netns_cookie)
+                entries.setdefault(key, NAMESPACE.pack(family, addr=address))
     return entries
 
 

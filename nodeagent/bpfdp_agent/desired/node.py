@@ -47,6 +47,10 @@ class NodeFacts(msgspec.Struct, frozen=True):
     dsr: bool = False
     policy_disabled: bool = False
     maglev: bool = False
+    connect_tcp: bool = False
+    connect_udp: bool = False
+    connect_udp_used: bool = False
+    """Pods' UDP sockets may be translated: connect_udp was set before."""
     overlay_port: int = 0
     """UDP port of the CNI's VXLAN."""
 
@@ -60,6 +64,12 @@ def settings_entries(facts: NodeFacts) -> dict[bytes, bytes]:
         flags |= SettingsFlag.POLICY_DISABLED
     if facts.maglev:
         flags |= SettingsFlag.MAGLEV
+    if facts.connect_tcp:
+        flags |= SettingsFlag.CONNECT_TCP
+    if facts.connect_udp:
+        flags |= SettingsFlag.CONNECT_UDP
+    if facts.connect_udp or facts.connect_udp_used:
+        flags |= SettingsFlag.CONNECT_UDP_USED
     value = SETTINGS.pack(
         4,
         host_netns_cookie=facts.netns_cookie,

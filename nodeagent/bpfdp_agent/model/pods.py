@@ -21,6 +21,9 @@ class PodLink(msgspec.Struct, frozen=True):
 
     addresses: tuple[bytes, ...]
     ifindex: int
+    netns: str = ""
+    """The namespace's name under /run/netns."""
+    netns_cookie: int = 0
 
 
 class NamedPort(msgspec.Struct, frozen=True, order=True):

@@ -6,15 +6,25 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
+import sys
 from typing import TYPE_CHECKING
 
 from bpfdp_agent.bpf import syscall
 from bpfdp_agent.bpf.errors import BpfError
 from bpfdp_agent.dataplane import conntrack, sockets
-from bpfdp_agent.layouts import BACKEND, FAMILIES, INDEX
+from bpfdp_agent.layouts import (
+    BACKEND,
+    FAMILIES,
+    INDEX,
+    SETTINGS,
+    SOCKET_KEY,
+    SettingsFlag,
+    SocketKind,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from bpfdp_agent.dataplane.maps import MapStore
     from bpfdp_agent.reconcile.surroundings import Surroundings
@@ -31,6 +41,8 @@ class Connections:
     def __init__(self, around: Surroundings, maps: MapStore) -> None:
         self._around = around
         self._maps = maps
+        self.pod_namespaces: Callable[[], Iterable[str]] = tuple
+        """Names under /run/netns; none until somebody who knows sets it."""
 
     async def run(self) -> None:
         """Collect what is old and count what maps hold, every PERIOD, until cancelled."""
@@ -67,9 +79,41 @@ class Connections:
         ids = {INDEX.unpack(family, key)["index"] for key in gone}
         purged = await conntrack.purge_udp(self._maps["ct", family], ids)
         self._around.metrics.conntrack_removed.labels("backend gone").inc(purged)
-        closed = sockets.close_connected_udp(list(_places(family, gone.values())))
+        closed = await asyncio.to_thread(self._close_sockets, family, gone)
         if purged or closed:
             log.debug("%d UDP flows and %d sockets were on backends that went", purged, closed)
+
+    def _close_sockets(self, family: int, gone: dict[bytes, bytes]) -> int:
+        places = list(_places(family, gone.values()))
+        table = self._maps["sockets", family]
+
+        def translated(cookie: bytes, backend: sockets.Backend) -> bool:
+            return table.lookup(_service_key(family, cookie, backend)) is not None
+
+        closed = sockets.close_connected_udp(places, translated)
+        if udp_translated_in_pods(self._maps):
+            closed += sockets.close_in_pods(self.pod_namespaces(), places, translated)
+        return closed
+
+
+def udp_translated_in_pods(maps: MapStore) -> bool:
+    """Whether there may be such sockets: the mode is or was Enabled since the node booted."""
+    (value,) = maps.read("settings", 4).values()
+    flags: int = SETTINGS.unpack(4, value)["flags"]
+    return bool(flags & SettingsFlag.CONNECT_UDP_USED)
+
+
+def _service_key(family: int, cookie: bytes, backend: sockets.Backend) -> bytes:
+    address, port = backend
+    return SOCKET_KEY.pack(
+        family,
+        cookie_low=int.from_bytes(cookie[:4], sys.byteorder),
+        cookie_high=int.from_bytes(cookie[4:], sys.byteorder),
+        addr=address.packed,
+        port=port,
+        proto=socket.IPPROTO_UDP,
+        kind=SocketKind.SERVICE,
+    )
 
 
 def _places(family: int, values: Iterable[bytes]) -> Iterable[sockets.Backend]:

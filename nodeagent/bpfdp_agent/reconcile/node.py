@@ -24,6 +24,7 @@ from bpfdp_agent.desired.node import (
 from bpfdp_agent.diff.tables import replace
 from bpfdp_agent.layouts import FAMILIES
 from bpfdp_agent.model.addresses import mapped
+from bpfdp_agent.reconcile.connections import udp_translated_in_pods
 from bpfdp_agent.watch.wire import Kind
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class NodeSync:
             dsr=config.dsr,
             policy_disabled=not config.policy_enabled,
             maglev=config.maglev,
+            connect_tcp=config.connect_tcp,
+            connect_udp=config.connect_udp,
+            connect_udp_used=udp_translated_in_pods(self._maps),
             overlay_port=next((o.vxlan_port for o in self.links.vxlans), 0),
         )
         operations = self._write_maps(config, facts)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bpfdp_agent.dataplane import conntrack
 from bpfdp_agent.dataplane.pods import PodWatcher
-from bpfdp_agent.desired.endpoints import endpoint_entries
+from bpfdp_agent.desired.endpoints import endpoint_entries, namespace_entries
 from bpfdp_agent.desired.identities import IdentityTables
 from bpfdp_agent.desired.node import packed_all
 from bpfdp_agent.diff.tables import replace
@@ -38,9 +38,10 @@ NEEDS = (Kind.POD, Kind.NAMESPACE, Kind.NODE, Kind.NETWORK_POLICY)
 
 
 class PodSync:
-    """Keeps `identities` and `endpoints`. `attachable`: host-side interfaces of known pods.
+    """Keeps `identities`, `endpoints` and `pod_namespaces`.
 
-    `complete` is set from the first complete round on.
+    `attachable`: host-side interfaces of known pods. `complete` is set from the first complete
+    round on.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class PodSync:
     async def follow(self, wake: Callable[[], None]) -> None:
         """Keep the pods' links current until cancelled; begun again after DeviceFailed."""
         async for found in self._watcher.snapshots():
-            self._links = tuple(PodLink(packed_all(p.addresses), p.ifindex) for p in found)
+            self._links = tuple(
+                PodLink(packed_all(p.addresses), p.ifindex, p.netns, p.netns_cookie) for p in found
+            )
             wake()
 
     async def reconcile(self) -> int:
@@ -125,6 +128,7 @@ class PodSync:
                 self._around.view, family, links, self._policies.slots_of, actual
             )
             operations += self._write(replace("endpoints", family, actual, wanted))
+            operations += self._write_namespaces(family, links, wanted)
             self._left[family] |= _left(family, actual, wanted)
             values = [ENDPOINT.unpack(family, value) for value in wanted.values()]
             attachable.update(v["ifindex"] for v in values)
@@ -140,6 +144,18 @@ class PodSync:
         self.complete = True
         self._changed()
         return operations
+
+    def _write_namespaces(
+        self, family: int, links: tuple[PodLink, ...], endpoints: Mapping[bytes, bytes]
+    ) -> int:
+        actual = self._maps.read("pod_namespaces", family)
+        wanted = namespace_entries(family, links, endpoints)
+        return self._write(replace("pod_namespaces", family, actual, wanted))
+
+    @property
+    def namespaces(self) -> frozenset[str]:
+        """Names under /run/netns of the pods' network namespaces."""
+        return frozenset(link.netns for link in self._links or ())
 
     async def _forget_flows(self) -> None:
         """Of the addresses that a pod left; those of a pass that failed are tried again."""

@@ -77,6 +77,7 @@ class Session:
         self._programs = ProgramSync(around, self._kernel, self._settled)
         self._policies = PolicySync(around, self._kernel, self._policies_changed)
         self._pods = PodSync(around, maps, self._policies, self._pods_changed)
+        self._connections.pod_namespaces = lambda: self._pods.namespaces
         self._hooks = HookSync(
             around, self._kernel, self._programs, self._node, self._pods, self._tell_readiness
         )

@@ -12,7 +12,7 @@ from bpfdp_agent.bpf.errors import DeviceFailed
 from bpfdp_agent.dataplane import pods
 from bpfdp_agent.dataplane.addresses import DATA_PATTERN, select
 from bpfdp_agent.dataplane.links import Link
-from bpfdp_agent.dataplane.pods import PodWatcher, match
+from bpfdp_agent.dataplane.pods import Inside, PodWatcher, match
 
 
 def link(ifindex, name, *, kind="veth", peer=0, up=True, addresses=()):
@@ -34,9 +34,10 @@ def hosts(*links):
 
 
 def test_a_pair_that_names_each_other_is_a_pod():
-    inside = [link(2, "eth0", peer=7, addresses=("10.1.0.2/24", "fd01::2/64"))]
+    inside = Inside([link(2, "eth0", peer=7, addresses=("10.1.0.2/24", "fd01::2/64"))], 99)
     (pod,) = match("cni-1", inside, hosts(link(7, "veth7", peer=2)))
     assert (pod.netns, pod.ifindex, pod.ifname) == ("cni-1", 7, "veth7")
+    assert pod.netns_cookie == 99
     assert pod.addresses == ("10.1.0.2", "fd01::2")
     assert (pod.mac, pod.host_mac) == ("02:00:00:00:00:02", "02:00:00:00:00:07")
 
@@ -50,12 +51,13 @@ def test_a_pair_that_names_each_other_is_a_pod():
     ],
 )
 def test_what_does_not_answer_is_no_pod(host):
-    inside = [link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))]
+    inside = Inside([link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))], 99)
     assert match("cni-1", inside, hosts(host)) == []
 
 
 def test_without_an_address_it_is_no_pod_yet():
-    assert match("cni-1", [link(2, "eth0", peer=7)], hosts(link(7, "veth7", peer=2))) == []
+    inside = Inside([link(2, "eth0", peer=7)], 99)
+    assert match("cni-1", inside, hosts(link(7, "veth7", peer=2))) == []
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def cni(tmp_path, monkeypatch) -> Path:
 
     def inside(path):
         readable = path.is_file() and path.read_text() == "pod"
-        return [link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))] if readable else None
+        found = Inside([link(2, "eth0", peer=7, addresses=("10.1.0.2/24",))], 99)
+        return found if readable else None
 
     monkeypatch.setattr(pods, "fetch_links", host)
     monkeypatch.setattr(pods, "read_namespace", inside)
