@@ -86,11 +86,13 @@ class Modes:
 
     def _clear(self) -> None:
         ask = self._stage.api.ask
-        ask("PATCH", DAEMONSET, _selector("off"))
         if self._installed:
+            # agents detach only where kube-proxy's rules are back
+            ask("PATCH", DAEMONSET, _selector(None))
             ask("PATCH", CR, {"spec": {"dataplane": "Disabled"}})
+            _until("our programs to be gone", lambda: not any(self._pins()))
+        ask("PATCH", DAEMONSET, _selector("off"))
         _until("kube-proxy to be gone", lambda: not self._proxy_pods())
-        _until("our programs to be gone", lambda: not any(self._pins()))
         self._on_nodes(FLUSH)
         left = dataplane.rules_on_all(self._stage.bed)
         if left:
