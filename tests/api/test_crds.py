@@ -67,6 +67,11 @@ INVALID = [
         "set services.externalServiceMode to DSR, or remove dsrOptOutCIDRs",
     ),
     (
+        "a connect-time mode that does not exist",
+        config({"services": {"connectTimeLoadBalancing": "UDP"}}),
+        'supported values: "TCP", "Enabled", "Disabled"',
+    ),
+    (
         "not a CIDR",
         config({"services": {"externalServiceMode": "DSR", "dsrOptOutCIDRs": ["192.0.2.300/24"]}}),
         "'192.0.2.300/24' is not a CIDR",
@@ -155,6 +160,7 @@ VALID = [
     ("explicit v6", {"apiServer": {"mode": "Explicit", "host": "2001:db8::1", "port": 6443}}),
     ("explicit name", {"apiServer": {"mode": "Explicit", "host": "api.example.com", "port": 443}}),
     ("DSR", {"services": {"externalServiceMode": "DSR", "dsrOptOutCIDRs": ["192.0.2.0/24", "2001:db8::/32"]}}),
+    ("no connect-time translation", {"services": {"connectTimeLoadBalancing": "Disabled"}}),
     ("closed ports", {"services": {"healthzPort": 0}, "observability": {"metricsPort": 0}}),
     ("a range elsewhere", {"services": {"nodePortRange": "20000-22767", "healthzPort": 31000}}),
     ("a pace in percent", {"nodeAgent": {"updateStrategy": {"rollingUpdate": {"maxUnavailable": "10%"}}}}),
@@ -190,6 +196,8 @@ def test_nothing_said_means_the_defaults(default: dict[str, Any]) -> None:
     assert spec["apiServer"] == {"mode": "Auto"}
     assert spec["services"] == {
         "externalServiceMode": "Tunnel",
+        "algorithm": "Random",
+        "connectTimeLoadBalancing": "TCP",
         "dsrOptOutCIDRs": [],
         "nodePortRange": "30000-32767",
         "nodePortAddresses": [],

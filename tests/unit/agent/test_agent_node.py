@@ -32,6 +32,17 @@ def test_settings_name_the_first_address_of_each_family():
     assert (found["data_ifindex"], found["tunnel_ifindex"], found["tunnel_vni"]) == (2, 3, 4096)
 
 
+def test_that_udp_was_translated_in_pods_is_not_forgotten():
+    facts = NodeFacts(7, 2, 3, 4096, 4789, (), connect_tcp=True, connect_udp_used=True)
+    (value,) = settings_entries(facts).values()
+    expected = SettingsFlag.CONNECT_TCP | SettingsFlag.CONNECT_UDP_USED
+    assert SETTINGS.unpack(4, value)["flags"] == expected
+    facts = NodeFacts(7, 2, 3, 4096, 4789, (), connect_udp=True)
+    (value,) = settings_entries(facts).values()
+    expected = SettingsFlag.CONNECT_UDP | SettingsFlag.CONNECT_UDP_USED
+    assert SETTINGS.unpack(4, value)["flags"] == expected
+
+
 @pytest.mark.parametrize(
     ("networks", "values"),
     [((), (NODE_PORTS, NODE_PORTS)), (("192.0.2.0/24",), (NODE_PORTS, OWN))],

@@ -17,6 +17,7 @@ def config_of(text: str) -> BpfDataplaneConfig:
 def test_an_empty_cr_means_the_defaults():
     config = runtime_config(config_of("{}"))
     assert not config.dsr
+    assert (config.connect_tcp, config.connect_udp) == (True, False)
     assert not config.detach
     assert not config.kube_proxy_removed
     assert config.policy_enabled
@@ -50,11 +51,22 @@ def test_the_crs_fields_are_found_under_their_wire_names():
 
 
 @pytest.mark.parametrize(
+    ("mode", "tcp", "udp"),
+    [("TCP", True, False), ("Enabled", True, True), ("Disabled", False, False)],
+)
+def test_what_is_translated_at_connect_time(mode, tcp, udp):
+    text = '{"spec": {"services": {"connectTimeLoadBalancing": "' + mode + '"}}}'
+    config = runtime_config(config_of(text))
+    assert (config.connect_tcp, config.connect_udp) == (tcp, udp)
+
+
+@pytest.mark.parametrize(
     ("spec", "field"),
     [
         ('{"services": {"dsrOptOutCIDRs": ["10.0.0.0/99"]}}', "dsrOptOutCIDRs"),
         ('{"services": {"nodePortAddresses": ["nonsense"]}}', "nodePortAddresses"),
         ('{"services": {"nodePortRange": "9-1"}}', "nodePortRange"),
+        ('{"services": {"connectTimeLoadBalancing": "UDP"}}', "connectTimeLoadBalancing"),
         ('{"interfaces": {"dataPattern": "eth("}}', "dataPattern"),
         ('{"tunnel": {"vni": "many"}}', "vni"),
     ],

@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 import pytest
-from bpfdp_agent.desired.endpoints import PolicySlots, endpoint_entries
-from bpfdp_agent.layouts import ADDRESS_KEY, ENDPOINT, POLICY_SLOT_DENY
+from bpfdp_agent.desired.endpoints import PolicySlots, endpoint_entries, namespace_entries
+from bpfdp_agent.layouts import (
+    ADDRESS_KEY,
+    ENDPOINT,
+    NAMESPACE,
+    NAMESPACE_KEY,
+    POLICY_SLOT_DENY,
+)
 from bpfdp_agent.model.addresses import packed
 from bpfdp_agent.model.cluster import ClusterView
 from bpfdp_agent.model.pods import PodLink
@@ -111,3 +117,21 @@ def test_of_two_veths_with_an_address_the_new_one_has_it_unless_one_had_it():
     assert entries([A], links=links) == {key(): (9, 0, 0)}
     assert entries([A], links=links, had={key(): 8}) == {key(): (8, 0, 0)}
     assert entries([A], links=links, had={key(): 4}) == {key(): (9, 0, 0)}
+
+
+# -- a pod by its network namespace -----------------------------------------------------------
+
+
+def test_a_namespace_has_the_first_address_that_is_its_pods():
+    claimed = PodLink((packed("10.0.0.2"), *LINK.addresses), 7, "cni-1", 99)
+    other = PodLink((packed("10.0.0.2"),), 5, "cni-2", 98)
+    endpoints = {
+        ADDRESS_KEY.pack(4, addr=packed(address)): ENDPOINT.pack(4, ifindex=ifindex)
+        for address, ifindex in (("10.0.0.1", 7), ("10.0.0.2", 5))
+    }
+    found = namespace_entries(4, [claimed, other], endpoints)
+    assert found == {
+        NAMESPACE_KEY.pack(4, cookie=99): NAMESPACE.pack(4, addr=packed("10.0.0.1")),
+        NAMESPACE_KEY.pack(4, cookie=98): NAMESPACE.pack(4, addr=packed("10.0.0.2")),
+    }
+    assert namespace_entries(6, [claimed, other], {}) == {}
