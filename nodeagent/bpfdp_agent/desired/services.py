@@ -312,12 +312,12 @@ class ServiceTables:
             return
         old = port.wanted
         port.wanted = wanted
-        backends = {_place(b): b for b in (*wanted.cluster, *wanted.local)}
+        backends = {_place(b): b for b in _used(wanted)}
         for place, backend in backends.items():
             self._use(place, wanted.key, backend)
         self._set_list(port, ListKind.CLUSTER, wanted.cluster, old)
         self._set_list(port, ListKind.LOCAL, wanted.local, old)
-        for backend in (*old.cluster, *old.local):
+        for backend in _used(old):
             if _place(backend) not in backends:
                 self._release(_place(backend), wanted.key)
         self._set_ranges(port.id, old.source_ranges, wanted.source_ranges)
@@ -338,7 +338,7 @@ class ServiceTables:
         old = port.wanted
         self._set_list(port, ListKind.CLUSTER, (), old)
         self._set_list(port, ListKind.LOCAL, (), old)
-        for place in {_place(b) for b in (*old.cluster, *old.local)}:
+        for place in {_place(b) for b in _used(old)}:
             self._release(place, key)
         self._set_ranges(port.id, old.source_ranges, ())
         port.wanted = empty
@@ -519,6 +519,10 @@ class ServiceTables:
 
 def _place(backend: Backend) -> Place:
     return backend.address, backend.port
+
+
+def _used(port: ServicePort) -> tuple[Backend, ...]:
+    return (*port.cluster, *port.local, *port.kept)
 
 
 def _nothing(port: ServicePort) -> ServicePort:

@@ -73,6 +73,8 @@ class ServicePort(msgspec.Struct, frozen=True):
     affinity_seconds: int
     source_ranges: tuple[tuple[int, bytes], ...]
     created: str
+    kept: tuple[Backend, ...] = ()
+    """Of UDP: endpoints that serve. Flows to them go on though no new one may choose them."""
 
 
 class SliceProblem(NamedTuple):
@@ -114,6 +116,7 @@ class EndpointSets(msgspec.Struct, frozen=True):
     cluster: tuple[Backend, ...]
     local: tuple[Backend, ...]
     any: bool
+    serving: tuple[Backend, ...] = ()
 
 
 def skipped(service: wire.Service) -> bool:
@@ -206,6 +209,7 @@ def _service_port(
         affinity_seconds=_affinity(service.spec),
         source_ranges=ranges if any(r == _LOAD_BALANCER for _, r in outside) else (),
         created=service.metadata.creation_timestamp or "",
+        kept=sets.serving if port.protocol == "UDP" else (),
     )
 
 
@@ -362,6 +366,7 @@ def categorize(
         cluster=tuple(sorted(c.backend for c in cluster)),
         local=tuple(sorted(c.backend for c in local)),
         any=bool(ready or leaving),
+        serving=tuple(sorted(c.backend for c in candidates if c.serving)),
     )
 
 

@@ -384,3 +384,23 @@ def test_interrupted_writes_and_a_restart_converge(history, stop_after, missed):
 def test_updating_a_service_nobody_knows_is_nothing(service_name):
     key = ObjectKey("default", service_name)
     assert ServiceTables(4).update({key: ServiceView()}).steps == ()
+
+
+def test_udp_flows_stay_with_an_endpoint_that_serves_while_it_terminates():
+    ports = [{"name": "dns", "port": 53, "protocol": "UDP"}]
+
+    def answering(*endpoints):
+        slice_ports = [{"name": "dns", "port": 53, "protocol": "UDP"}]
+        return added(endpoint_slice(list(endpoints), ports=slice_ports))
+
+    both = endpoint("10.0.0.1"), endpoint("10.0.0.2")
+    view, tables, kernel = running(service(ports=ports))
+    kernel.write(change(view, tables, answering(*both)))
+    leaving = endpoint("10.0.0.1", ready=False, serving=True, terminating=True)
+    kernel.write(change(view, tables, answering(leaving, both[1])))
+    assert len(kernel.tables["backends"]) == 2, "what flows to it know it by"
+    assert len(kernel.tables["slots"]) == 1, "no new flow chooses it"
+    dead = endpoint("10.0.0.1", ready=False, serving=False, terminating=True)
+    kernel.write(change(view, tables, answering(dead, both[1])))
+    assert len(kernel.tables["backends"]) == 1
+    assert tables.resync(kernel.tables).steps == ()
