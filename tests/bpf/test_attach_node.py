@@ -190,6 +190,8 @@ def test_kube_proxys_nftables():
 
 
 def test_sockets_of_gone_backends_are_closed():
+    so_cookie = 57
+
     async def work():
         shell("ip link set lo up")
         with contextlib.ExitStack() as stack:
@@ -203,13 +205,16 @@ def test_sockets_of_gone_backends_are_closed():
             plain = connected(socket.AF_INET, "127.0.0.1", 5353)
             other = connected(socket.AF_INET, "127.0.0.1", 5354)
             six = connected(socket.AF_INET6, "::1", 5353)
-            closed = sockets.close_connected_udp([(ipaddress.ip_address("127.0.0.1"), 5353)])
-            for gone in (mapped, plain):
+            direct = connected(socket.AF_INET, "127.0.0.1", 5353)
+            own = direct.getsockopt(socket.SOL_SOCKET, so_cookie, 8)
+            gone = [(ipaddress.ip_address("127.0.0.1"), 5353)]
+            closed = sockets.close_connected_udp(gone, lambda cookie, _: cookie != own)
+            for each in (mapped, plain):
                 with pytest.raises(OSError):
-                    gone.send(b"x")
-            other.send(b"x")
-            six.send(b"x")
-            return closed, sockets.close_connected_udp([])
+                    each.send(b"x")
+            for each in (other, six, direct):
+                each.send(b"x")
+            return closed, sockets.close_connected_udp([], lambda *_: True)
 
     assert in_own_netns(work) == (2, 0)
 
