@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 from bpf.nodes import Addresses, Node, compile_template
-from bpf.wire import Wire, ask_tcp, ask_udp, serving
+from bpf.wire import Wire, ask_tcp, ask_udp, echoing, open_socket, serving
 from bpfdp_agent import catalog, layouts
 from bpfdp_agent.bpf.objects import Function
 from bpfdp_agent.layouts import POLICY_SLOT_DENY, SettingsFlag
@@ -124,6 +125,46 @@ def test_a_datagram_in_fragments(wire: Wire, wa: Node, wb: Node, cast: Addresses
                 ask_udp(wire.client, cast.node_a, NODEPORT, source=cast.client, size=6000)
         words = ask_udp(wire.client, cast.node_a, NODEPORT, source=cast.client, size=6000)
         assert words == f"{cast.client} 6000"
+
+
+@pytest.mark.parametrize("where", ["there", "on the node here"])
+def test_a_datagram_in_fragments_elsewhere(
+    wire: Wire, wa: Node, cast: Addresses, where: str
+) -> None:
+    address, place, node = {
+        "there": (cast.pod_z, wire.pod_z, cast.node_b),
+        "on the node here": (cast.node_a, wire.node_a, None),
+    }[where]
+    wa.service([(cast.service, 80)], [(address, 8080, node)], proto=17)
+    with serving(place, address, 8080):
+        assert ask_udp(wire.pod_x, cast.service, 80, size=6000) == f"{cast.pod_x} 6000"
+
+
+def test_a_datagram_in_fragments_to_a_node_port_here(wire: Wire, wa: Node, cast: Addresses) -> None:
+    wa.service([(None, NODEPORT)], [(cast.pod_x, 8080, None)], proto=17)
+    with serving(wire.pod_x, cast.pod_x, 8080):
+        words = ask_udp(wire.client, cast.node_a, NODEPORT, source=cast.client, size=6000)
+    assert words == f"{cast.client} 6000"
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_changes_of_the_external_mode_cut_no_flow(
+    wire: Wire, cast: Addresses, kind: socket.SocketKind
+) -> None:
+    wa, wb = wire.nodes[cast.family]
+    proto = 6 if kind == socket.SOCK_STREAM else 17
+    wa.service([(None, NODEPORT)], [(cast.pod_z, 8080, cast.node_b)], proto=proto)
+    wb.service([(None, NODEPORT)], [(cast.pod_z, 8080, None)], proto=proto)
+    with (
+        echoing(wire.pod_z, cast.pod_z, 8080, kind),
+        open_socket(wire.client, cast.node_a, kind, cast.client) as client,
+    ):
+        client.connect((cast.node_a, NODEPORT))
+        for turn in range(8):
+            for node, name in ((wa, "A"), (wb, "B")):
+                node.configure(name, flags=SettingsFlag.DSR if turn % 2 else 0)
+            client.send(b"%d" % turn)
+            assert client.recv(100) == b"%d" % turn
 
 
 @pytest.mark.parametrize("who", ["pod", "outside"])

@@ -224,11 +224,39 @@ def serving(place: Place, address: str, port: int) -> Iterator[None]:
         datagram.close()
 
 
+@contextlib.contextmanager
+def echoing(place: Place, address: str, port: int, kind: socket.SocketKind) -> Iterator[None]:
+    """Sends back what comes: one TCP connection's bytes as they come, or datagrams."""
+    with open_socket(place, address, kind, None) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            server.listen(1)
+        thread = threading.Thread(target=_echo, args=(server, kind), daemon=True)
+        thread.start()
+        yield
+        server.settimeout(0.1)
+    thread.join()
+
+
+def _echo(server: socket.socket, kind: socket.SocketKind) -> None:
+    with contextlib.suppress(OSError):
+        if kind == socket.SOCK_DGRAM:
+            while True:
+                data, peer = server.recvfrom(100)
+                server.sendto(data, peer)
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.settimeout(3)
+            while data := accepted.recv(100):
+                accepted.sendall(data)
+
+
 def ask_tcp(
     place: Place, address: str, port: int, *, source: str | None = None, size: int = 10
 ) -> str:
     """Send `size` bytes; the server's words. OSError when there is no connection."""
-    with _socket(place, address, socket.SOCK_STREAM, source) as client:
+    with open_socket(place, address, socket.SOCK_STREAM, source) as client:
         client.connect((address, port))
         client.sendall(bytes(size))
         client.shutdown(socket.SHUT_WR)
@@ -244,13 +272,13 @@ def ask_udp(
     place: Place, address: str, port: int, *, source: str | None = None, size: int = 10
 ) -> str:
     """The same with a datagram."""
-    with _socket(place, address, socket.SOCK_DGRAM, source) as client:
+    with open_socket(place, address, socket.SOCK_DGRAM, source) as client:
         client.connect((address, port))
         client.send(bytes(size))
         return client.recv(1000).decode()
 
 
-def _socket(place: Place, address: str, kind: int, source: str | None) -> socket.socket:
+def open_socket(place: Place, address: str, kind: int, source: str | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     made: socket.socket = place.run(lambda: socket.socket(family, kind))
     made.settimeout(3)
@@ -259,4 +287,4 @@ def _socket(place: Place, address: str, kind: int, source: str | None) -> socket
     return made
 
 
-__all__ = ["Place", "Wire", "ask_tcp", "ask_udp", "raw", "serving"]
+__all__ = ["Place", "Wire", "ask_tcp", "ask_udp", "echoing", "open_socket", "raw", "serving"]
