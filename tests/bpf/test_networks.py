@@ -42,6 +42,22 @@ def test_a_nodeport_on_the_second_network_answers_there(
     assert next_hop(out.entry, a.family) == raw(SECOND_GATEWAY[a.family])
 
 
+@pytest.mark.parametrize("answers", ["node_a", "second"])
+def test_a_udp_server_of_the_node_answers_from_the_routes_address(
+    a: Node, cast: Addresses, answers: str
+) -> None:
+    own, client = SECOND_ADDRESS[a.family], SECOND_CLIENT[a.family]
+    a.put("own_addresses", {"addr": raw(own)}, value=1)
+    a.service([(None, 30080)], [(cast.node_a, 8080, None)], proto=UDP)
+    asked = Frame(client, own, UDP, sport=4000, dport=30080)
+    assert a.send("from_net", asked, "data1").frame.dst == cast.node_a
+    source = cast.node_a if answers == "node_a" else own
+    for _ in range(2):
+        out = a.send("to_net", Frame(source, client, UDP, sport=8080, dport=4000), "data1")
+        assert (out.frame.src, out.frame.sport, out.frame.dport) == (own, 30080, 4000)
+        assert out.frame.valid
+
+
 def test_pods_of_another_node_are_reached_through_the_overlay(a: Node, cast: Addresses) -> None:
     far = FAR_POD[a.family]
     a.put("identities", {"addr": raw(far)}, id=20, flags=int(IdentityFlag.POD))
