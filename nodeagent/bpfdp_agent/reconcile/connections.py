@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PERIOD = 15.0
-USAGE_MAPS = ("frontends", "slots", "backends", "endpoints", "identities", "source_ranges")
+USAGE_MAPS = (
+    *("frontends", "slots", "backends", "members", "maglev", "source_ranges"),
+    *("endpoints", "identities"),
+)
 
 
 class Connections:
