@@ -122,6 +122,8 @@ static __always_inline struct ct *answer_from_another_address(const struct packe
     if (p->key.proto != IPPROTO_UDP || !node)
         return NULL;
     node_address(node, &key.src);
+    if (addr_equal(&key.src, &p->key.src))
+        return NULL;
     struct ct *asked = ct.lookup(&key);
     if (!asked || !(asked->flags & CT_HOST_REPLY) || !own_address(&p->key.src))
         return NULL;
@@ -129,6 +131,7 @@ static __always_inline struct ct *answer_from_another_address(const struct packe
     addr_t from[2] = {p->key.src, p->key.dst};
     addr_t to[2] = {entry.new_src, entry.new_dst};
     entry.addr_diff = bpf_csum_diff((__be32 *)from, sizeof(from), (__be32 *)to, sizeof(to), 0);
+    entry.flags |= CT_NAT;
     ct.update((struct ct_key *)&p->key, &entry);
     return ct.lookup((struct ct_key *)&p->key);
 }

@@ -18,6 +18,7 @@ static __always_inline void flow_packet(const struct flow *flow, struct packet *
 static __always_inline __u32 word_difference(__u64 sum, __be32 from, __be32 to) {
     sum += to;
     sum += (__u32)~from;
+    sum = (__u32)sum + (sum >> 32);
     return (__u32)sum + (__u32)(sum >> 32);
 }
 

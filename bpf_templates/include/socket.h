@@ -59,6 +59,8 @@ static __always_inline int read_name(struct bpf_sock_addr *ctx, int mapped, stru
         name->addr.w[0] = ctx->user_ip6[3];
     }
 #else
+    if (!ctx->user_ip6[0] && !ctx->user_ip6[1] && ctx->user_ip6[2] == MAPPED_WORD)
+        return 0; // IPv4: the mapped program's
     name->addr.w[0] = ctx->user_ip6[0];
     name->addr.w[1] = ctx->user_ip6[1];
     name->addr.w[2] = ctx->user_ip6[2];
@@ -117,15 +119,29 @@ static __always_inline void socket_key(struct bpf_sock_addr *ctx, __u8 kind, con
     key->kind = kind;
 }
 
+// Maps of their own: the many connections of TCP would drive out what UDP sockets live by.
+static __always_inline struct socket *find_socket(const struct socket_key *key) {
+    if (key->proto == IPPROTO_TCP)
+        return tcp_sockets.lookup((struct socket_key *)key);
+    return sockets.lookup((struct socket_key *)key);
+}
+
+static __always_inline void keep_socket(struct socket_key *key, struct socket *value) {
+    if (key->proto == IPPROTO_TCP)
+        tcp_sockets.update(key, value);
+    else
+        sockets.update(key, value);
+}
+
 // So that recvmsg and getpeername can show the service instead of the backend.
 static __always_inline void remember_service(struct bpf_sock_addr *ctx, const struct name *service,
                                              const addr_t *backend, __be16 port) {
     struct socket_key key;
     struct socket value = {.addr = service->addr, .port = service->port};
     socket_key(ctx, SOCKET_SERVICE, backend, port, &key);
-    struct socket *known = sockets.lookup(&key);
+    struct socket *known = find_socket(&key);
     if (!known || known->port != value.port || !addr_equal(&known->addr, &value.addr))
-        sockets.update(&key, &value);
+        keep_socket(&key, &value);
 }
 
 static __always_inline struct backend *choose_for(const struct caller *caller,
@@ -236,7 +252,7 @@ static __always_inline int show_service(struct bpf_sock_addr *ctx, int mapped) {
         !on_node(ctx, node))
         return GO_ON;
     socket_key(ctx, SOCKET_SERVICE, &name.addr, name.port, &key);
-    struct socket *service = sockets.lookup(&key);
+    struct socket *service = find_socket(&key);
     if (service)
         write_name(ctx, mapped, &service->addr, service->port);
     return GO_ON;

@@ -18,11 +18,8 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from bpfdp_agent import memory
 from bpfdp_agent.bpf import features
-from bpfdp_agent.bpf.errors import MapFull
 from bpfdp_agent.config import Config, ConfigError, ProcessSettings, runtime_config
 from bpfdp_agent.dataplane.pins import Pins, listing
 from bpfdp_agent.model.cluster import ClusterView
@@ -61,7 +58,6 @@ class Agent:
         self._config: Config | None = None
         self._supported = False
         self._session: Session | None = None
-        self._impossible_sizes: tuple[tuple[str, int], ...] = ()
         self._malformed: set[tuple[Kind, ObjectKey]] = set()
         metrics = Metrics()
         proxy = ProxyHealth(metrics.proxy)
@@ -237,7 +233,9 @@ class Agent:
 
     async def _attach(self, config: Config) -> None:
         if self._session is not None and self._session.map_sizes != config.map_sizes:
-            config = await self._resize(self._session, config)
+            log.info("map sizes changed: the maps are copied, the programs loaded anew")
+            await self._session.stop()
+            self._session = None
         if self._session is None:
             await self._begin(config)
         if self._session is not None:
@@ -251,29 +249,6 @@ class Agent:
             self._session = None
             await session.stop()
             raise
-
-    async def _resize(self, session: Session, config: Config) -> Config:
-        """Another session with maps of the sizes asked for; programs forward all the while.
-
-        Where what is in a map does not fit, the old sizes stay. Returns the config in force.
-        """
-        old = session.map_sizes
-        if config.map_sizes == self._impossible_sizes:
-            return msgspec.structs.replace(config, map_sizes=old)
-        log.info("map sizes changed: the maps are copied, the programs loaded anew")
-        await session.stop()
-        self._session = None
-        ref = str(ref_of(Kind.CONFIG, ObjectKey("", "default")))
-        try:
-            await self._begin(config)
-            self._around.status.clear_error(ref)
-        except MapFull as error:
-            self._impossible_sizes = config.map_sizes
-            message = f"spec.maps: {error}: the sizes stay as they were. Ask for more"
-            self._around.status.error("MapFull", message, ref)
-            config = msgspec.structs.replace(config, map_sizes=old)
-            await self._begin(config)
-        return config
 
     async def _detach(self, config: Config) -> None:
         session, detached = self._session, self._around.status.get("Attached")

@@ -485,7 +485,8 @@ DATAPATH_MAPS = (
     Map("scratch", MapType.PERCPU_ARRAY, INDEX, FLOW, 1),
     Map("counters", MapType.PERCPU_ARRAY, INDEX, COUNTER, 32),
     Map("fragments", MapType.LRU_HASH, FRAGMENT_KEY, FRAGMENT, 4096),
-    Map("sockets", MapType.LRU_HASH, SOCKET_KEY, SOCKET, 65536),
+    Map("sockets", MapType.LRU_HASH, SOCKET_KEY, SOCKET, 32768),
+    Map("tcp_sockets", MapType.LRU_HASH, SOCKET_KEY, SOCKET, 32768),
     Map("policy", MapType.PROG_ARRAY, INDEX, U32, 4096),
     Map("jumps", MapType.PROG_ARRAY, INDEX, U32, 8),
 )

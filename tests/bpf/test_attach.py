@@ -18,7 +18,16 @@ from bpfdp_agent.dataplane import programs, tunnel
 from bpfdp_agent.dataplane.attach import Attacher, Hook
 from bpfdp_agent.dataplane.cleanup import clean
 from bpfdp_agent.dataplane.maps import MapStore, create_map, open_map
-from bpfdp_agent.layouts import ADDRESS_KEY, INDEX, MAPS, U32, Map, MapType
+from bpfdp_agent.layouts import (
+    ADDRESS_KEY,
+    AFFINITY,
+    AFFINITY_KEY,
+    INDEX,
+    MAPS,
+    U32,
+    Map,
+    MapType,
+)
 
 SIZES = {
     each.name: 16 for each in MAPS if each.type != MapType.PROG_ARRAY and each.max_entries > 16
@@ -197,15 +206,42 @@ def test_maps_are_adopted_with_their_content(pins):
     second.open()
     assert second.read("own_addresses", 4) == {key: entry}
     assert second["own_addresses", 4].info.max_entries == 32
-    late = {ADDRESS_KEY.pack(4, addr=bytes([10, 0, 0, 2])): entry}
-    outgrown, _ = second._outgrown[0]
-    outgrown.write(late)  # by a program that is still attached
-    assert second.carry_over() == 1
-    assert second.read("own_addresses", 4) == {key: entry, **late}
     assert second["nodes", 4] is second["nodes", 6]
     assert second.stale_pins() == []
     syscall.obj_pin(second["nodes", 4].descriptor, pins.maps / "nodes_v0")
     assert [pin.name for pin in second.remove_stale()] == ["nodes_v0"]
+    second.close()
+
+
+def test_what_old_programs_still_write_follows_to_a_larger_map(pins):
+    first = MapStore(pins, sizes=SIZES)
+    first.open()
+    known = AFFINITY_KEY.pack(4, client=bytes([10, 0, 0, 1]), service=1)
+    first.write("affinity", 4, {known: AFFINITY.pack(4, backend=1)})
+    first.close()
+    second = MapStore(pins, sizes={**SIZES, "affinity": 64})
+    second.open()
+    late = AFFINITY_KEY.pack(4, client=bytes([10, 0, 0, 2]), service=1)
+    (outgrown,) = {old.name: old for old, _ in second._outgrown if old.name == "affinity4"}.values()
+    outgrown.write({late: AFFINITY.pack(4, backend=2)})
+    assert second.carry_over() == 1
+    assert set(second.read("affinity", 4)) == {known, late}
+    second.close()
+
+
+def test_a_map_that_holds_too_much_keeps_its_size(pins):
+    first = MapStore(pins, sizes=SIZES)
+    first.open()
+    entry = U32.pack(4, value=1)
+    many = {ADDRESS_KEY.pack(4, addr=bytes([10, 0, 0, n])): entry for n in range(6)}
+    first.write("own_addresses", 4, many)
+    size = first["own_addresses", 4].info.max_entries
+    first.close()
+    second = MapStore(pins, sizes={**SIZES, "own_addresses": 4})
+    second.open()
+    assert second.read("own_addresses", 4) == many
+    assert second["own_addresses", 4].info.max_entries == size
+    assert [error.name for error in second.unfit] == ["own_addresses4"]
     second.close()
 
 

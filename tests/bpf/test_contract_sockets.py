@@ -25,14 +25,15 @@ REFUSED = {errno.ECONNREFUSED: "reject", errno.EHOSTUNREACH: "drop"}
 
 def outcome(each: Sockets, address: str, port: int, kind: int) -> str:
     """Which backend the socket connects to, or the hook's refusal."""
-    table = each.maps["sockets"]
-    syscall.map_delete_all(table.descriptor, list(table.read()))
+    tables = [each.maps[name] for name in ("sockets", "tcp_sockets")]
+    for table in tables:
+        syscall.map_delete_all(table.descriptor, list(table.read()))
     error = each.run(connect_once, kind, address, port)
     if error in REFUSED:
         return REFUSED[error]
     cast = CAST[each.family]
     names = {raw(cast.pod_y): "y", raw(cast.pod_z): "z"}
-    for key in table.read():
+    for key in [key for table in tables for key in table.read()]:
         found = layouts.SOCKET_KEY.unpack(each.family, key)
         if found["kind"] == layouts.SocketKind.SERVICE:
             return names[found["addr"]]

@@ -50,6 +50,11 @@ MODES = {
 }
 
 
+def kept(each: Sockets) -> list[bytes]:
+    """Keys of both maps of sockets."""
+    return [key for name in ("sockets", "tcp_sockets") for key in each.maps[name].read()]
+
+
 def mode(each: Sockets, name: str) -> None:
     """The node is another namespace, and the mode."""
     own = {f"node{each.family}": raw(NODE[each.family])}
@@ -172,7 +177,7 @@ def test_a_node_port_but_not_on_the_pods_loopback(pod: Sockets) -> None:
     assert (shown, answer) == ((NODE[family], 30080), b"hello")
     shown, _ = pod.run(tcp_exchange, LOOPBACK[family], 30080, (LOOPBACK[family], 30080))
     assert shown == (LOOPBACK[family], 30080)
-    services = [layouts.SOCKET_KEY.unpack(family, key) for key in pod.maps["sockets"].read()]
+    services = [layouts.SOCKET_KEY.unpack(family, key) for key in kept(pod)]
     assert not [k for k in services if k["addr"] == raw(LOOPBACK[family])]
 
 
@@ -241,5 +246,5 @@ def test_what_is_remembered_of_a_socket(pod: Sockets) -> None:
     family = pod.family
     pod.service(SERVICE[family], 53, [(NODE[family], 5300)], proto=UDP)
     pod.run(hold_udp, SERVICE[family], 53)
-    kinds = [layouts.SOCKET_KEY.unpack(family, key)["kind"] for key in pod.maps["sockets"].read()]
+    kinds = [layouts.SOCKET_KEY.unpack(family, key)["kind"] for key in kept(pod)]
     assert kinds == [SocketKind.SERVICE]

@@ -449,3 +449,18 @@ def test_a_service_range_over_pods_cuts_none(a: Node, cast: Addresses) -> None:
     assert a.from_pod(Frame(cast.pod_x, cast.pod_z), "podx").verdict == "REDIRECT"
     assert a.from_pod(Frame(cast.pod_x, cast.node_a), "podx").verdict == "STACK"
     assert a.from_net(Frame(cast.client, cast.node_a)).verdict == "STACK"
+
+
+@pytest.mark.parametrize("proto", [6, 17])
+def test_checksums_where_an_address_grows_by_one_in_its_first_octet(
+    a: Node, cast: Addresses, proto: int
+) -> None:
+    """Differences whose sum needs two carries; the source's word does not change."""
+    service, backend = {
+        4: ("10.96.0.10", "11.96.0.10"),
+        6: ("fd00:10:96::1", "fd00:10:196::1"),
+    }[a.family]
+    a.service([(service, 80)], [(backend, 80, cast.node_b)], proto=proto)
+    out = a.from_pod(Frame(cast.pod_x, service, proto, dport=80), "podx")
+    assert out.frame.dst == backend
+    assert out.frame.valid

@@ -31,8 +31,8 @@ def needs() -> list[str]:
     missing = []
     if platform.system() != "Linux":
         missing.append("Linux (the dataplane is BPF programs in the Linux kernel)")
-    elif tuple(map(int, platform.release().split("-")[0].split(".")[:2])) < (5, 10):
-        missing.append(f"a newer kernel than {platform.release()} (5.10 or later)")
+    elif tuple(map(int, platform.release().split("-")[0].split(".")[:2])) < (5, 18):
+        missing.append(f"a newer kernel than {platform.release()} (5.18 or later)")
     if hasattr(os, "geteuid") and os.geteuid() != 0:
         missing.append("root (namespaces, BPF and containers need it): run `sudo make demo`")
     return missing

@@ -132,11 +132,13 @@ class MapStore:
         self._sizes = dict(sizes or {})
         self._open: dict[tuple[str, int], OpenMap] = {}
         self._outgrown: list[tuple[OpenMap, OpenMap]] = []
+        self.unfit: list[MapFull] = []
+        """Maps that hold more than the size asked for: they keep the size they have."""
 
     def open(self) -> None:
         """Open or create and pin every map. A map of another size is copied into a new one.
 
-        Raises MapMismatch, MapFull (the copy does not fit) and SyscallFailed; nothing is open then.
+        Raises MapMismatch and SyscallFailed; nothing is open then.
         """
         self._pins.make()
         try:
@@ -220,7 +222,13 @@ class MapStore:
             return create_map(layout, family, max_entries=wanted, pin=pin)
         if found.info.max_entries == wanted or layout.type in _NOT_COPIED:
             return found
-        return self._resized(found, wanted, pin)
+        try:
+            return self._resized(found, wanted, pin)
+        except MapFull as error:
+            self.unfit.append(error)
+            return open_map(layout, family, pin) or create_map(
+                layout, family, max_entries=wanted, pin=pin
+            )
 
     def _resized(self, old: OpenMap, max_entries: int, pin: Path) -> OpenMap:
         """A copy of another size in the old one's place; programs must be loaded again to use it.
@@ -235,5 +243,8 @@ class MapStore:
             new.close()
             old.close()
             raise
-        self._outgrown.append((old, new))
+        if old.layout.type is layouts.MapType.LRU_HASH:  # what programs write
+            self._outgrown.append((old, new))
+        else:
+            old.close()
         return new

@@ -198,9 +198,10 @@ class ServiceTables:
         self._flush(deltas)
         for service in sorted(views, key=lambda each: self._turn(each, views[each])):
             self._admit(service, views[service], deltas)
-        if any(delta.deletes for delta in deltas.values()):
-            for service in [s for s in sorted(self._refused) if s not in views]:
-                self._admit(service, self._refused[service].wanted, deltas)
+        room = {name for name, delta in deltas.items() if delta.deletes}
+        for service, refusal in sorted(self._refused.items()):
+            if refusal.map in room and service not in views:
+                self._admit(service, refusal.wanted, deltas)
         return service_writes(self._family, deltas)
 
     def _turn(self, service: ObjectKey, view: ServiceView) -> tuple[bool, str, ObjectKey]:
@@ -370,6 +371,12 @@ class ServiceTables:
         self._set_lookup_table(list_id, after)
         port.lists[kind] = after
 
+    def _has_room_for_table(self, key: bytes) -> bool:
+        """Without a table the hash alone chooses: no reason to refuse a service."""
+        tables = self._tables["maglev"]
+        held = len(tables) + len(self._pending.get("maglev", ()))
+        return key in tables or held < self._limits.get("maglev", held + 1)
+
     def use_maglev(self, wanted: bool) -> None:
         """Whether lists have Maglev tables; the next update or start writes what that changes."""
         if wanted != self._maglev:
@@ -380,7 +387,7 @@ class ServiceTables:
 
     def _set_lookup_table(self, list_id: int, backends: list[Place]) -> None:
         key = LIST_KEY.pack(self._family, list=list_id)
-        if self._maglev and 1 < len(backends) <= LARGEST:
+        if self._maglev and 1 < len(backends) <= LARGEST and self._has_room_for_table(key):
             table = MAGLEV.pack(self._family, slots=lookup_table(backends))
             self._want("maglev", key, table)
         elif key in self._tables["maglev"]:
@@ -480,9 +487,10 @@ class ServiceTables:
             for key, value in entries.items():
                 if value is None:
                     if table.pop(key, None) is not None:
-                        delta.deletes.add(key)
-                        delta.puts.pop(key, None)
-                elif table.get(key) != value:
+                        _lose(delta, key)
+                elif (before := table.get(key)) != value:
+                    if before is None and key not in delta.deletes:
+                        delta.fresh.add(key)
                     table[key] = delta.puts[key] = value
                     delta.deletes.discard(key)
         self._pending = {}
@@ -519,6 +527,15 @@ class ServiceTables:
 
 def _place(backend: Backend) -> Place:
     return backend.address, backend.port
+
+
+def _lose(delta: Delta, key: bytes) -> None:
+    """A key goes; what came within the same batch was never in the map."""
+    delta.puts.pop(key, None)
+    if key in delta.fresh:
+        delta.fresh.discard(key)
+    else:
+        delta.deletes.add(key)
 
 
 def _used(port: ServicePort) -> tuple[Backend, ...]:

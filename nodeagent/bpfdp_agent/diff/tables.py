@@ -39,10 +39,11 @@ class Writes(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct):
-    """What a map must gain and lose."""
+    """What a map must gain and lose. `fresh`: keys it gains that it did not have before."""
 
     puts: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     deletes: set[bytes] = msgspec.field(default_factory=set)
+    fresh: set[bytes] = msgspec.field(default_factory=set)
 
 
 def difference(actual: Mapping[bytes, bytes], desired: Mapping[bytes, bytes]) -> Delta:

@@ -99,7 +99,7 @@ class HookSync:
         self._publish(kind, wanted, failed)
         if failed:
             raise AttachFailed("; ".join(failed))
-        if carried := self._maps.carry_over():
+        if self._programs.current and (carried := self._maps.carry_over()):
             log.info("%d entries followed to maps of another size", carried)
         return 0
 

@@ -64,7 +64,7 @@ class ProgramSync:
         self._compiler = kernel.compiler
         self._renderer = kernel.renderer
         self._changed = changed
-        self._current = False
+        self.current = False
         self.loaded: Loaded = {}
 
     @property
@@ -93,7 +93,7 @@ class ProgramSync:
 
     async def reconcile(self) -> int:
         """Load what is not loaded yet; 0 map operations."""
-        if self._current:
+        if self.current:
             return 0
         if not self.loaded:
             self._adopt()
@@ -105,7 +105,7 @@ class ProgramSync:
             raise
         self._around.metrics.compile_seconds.observe(time.monotonic() - started)
         await self._switch(fresh)
-        self._current = True
+        self.current = True
         self._around.status.condition(
             "ProgramsLoaded", True, "Loaded", f"{len(fresh)} programs passed the verifier."
         )

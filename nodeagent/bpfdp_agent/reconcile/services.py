@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bpfdp_agent.config import Config
     from bpfdp_agent.dataplane.maps import MapStore
     from bpfdp_agent.desired.services import Refusal
-    from bpfdp_agent.diff.tables import Writes
+    from bpfdp_agent.diff.tables import MapWrites, Writes
     from bpfdp_agent.model.cluster import ClusterView
     from bpfdp_agent.model.services import ServiceView
     from bpfdp_agent.reconcile.connections import Connections
@@ -146,8 +146,8 @@ class ServiceSync:
 
     def _changes(self, family: int, views: dict[ObjectKey, ServiceView]) -> Writes:
         tables = self._tables[family]
-        tables.use_maglev(self._maglev)
         tables.limit({n: self._maps[n, family].info.max_entries for n in SERVICE_MAPS})
+        tables.use_maglev(self._maglev)
         if family not in self._begun:
             actual = self._actual(family)
             self._begun.add(family)
@@ -163,12 +163,22 @@ class ServiceSync:
         self._interrupted.add(family)
         try:
             for step in writes:
-                self._maps.write(step.map, family, step.puts, step.deletes)
+                self._write_step(family, step, writes)
         except MapFull as error:
             self._tell_full(error, dirty)
             raise
         self._interrupted.discard(family)
         return len(writes)
+
+    def _write_step(self, family: int, step: MapWrites, writes: Writes) -> None:
+        """One step; without room for old and new at once, the map's old entries go first."""
+        try:
+            self._maps.write(step.map, family, step.puts, step.deletes)
+        except MapFull:
+            leaving = [key for each in writes if each.map == step.map for key in each.deletes]
+            if not leaving:
+                raise
+            self._maps.write(step.map, family, step.puts, leaving)
 
     def _backends_to_go(self, family: int, writes: Writes) -> dict[bytes, bytes]:
         """The backends that the writes delete, as they are in the map."""

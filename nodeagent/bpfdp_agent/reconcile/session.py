@@ -88,6 +88,8 @@ class Session:
         if not listing(self._kernel.pins.links):
             self._nothing_yet()
         self._kernel.maps.open()
+        unfit = self._kernel.maps.unfit
+        self._around.report("map sizes", unfit[0] if unfit else None)
         self._loop("programs", self._programs.reconcile)
         self._loop("services", self._services.reconcile)
         self._loop("node", self._node.reconcile)

@@ -62,7 +62,7 @@ def sync() -> hooks.HookSync:
             metrics=Metrics(),
         ),
         SimpleNamespace(pins=None, maps=SimpleNamespace(carry_over=lambda: 0)),
-        SimpleNamespace(hook=lambda _hook, _family: program, cgroup=dict),
+        SimpleNamespace(hook=lambda _hook, _family: program, cgroup=dict, current=True),
         SimpleNamespace(devices=(), tunnel_ifindex=0),
         SimpleNamespace(attachable={LO}),
         lambda: None,

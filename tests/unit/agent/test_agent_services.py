@@ -30,6 +30,7 @@ class FakeMaps:
         self.full = ""
         self.full_in = (4, 6)
         self.limits: dict[str, int] = {}
+        self.room: dict[str, int] = {}
 
     def read(self, name, family):
         return dict(self.content.get((name, family), {}))
@@ -38,6 +39,11 @@ class FakeMaps:
         table = self.content.setdefault((name, family), {})
         if name == self.full and family in self.full_in and puts:
             raise MapFull(f"{name}{family}", 1)
+        if len(table.keys() | puts.keys()) > self.room.get(name, 1 << 20):
+            for key in deletes:  # as OpenMap.write does
+                table.pop(key, None)
+            if len(table.keys() | puts.keys()) > self.room[name]:
+                raise MapFull(f"{name}{family}", self.room[name])
         table.update(puts)
         for key in deletes:
             table.pop(key, None)
@@ -242,6 +248,28 @@ async def test_a_service_that_does_not_fit_is_refused_whole_and_named():
     await bench.sync.reconcile()
     assert bench.status.is_true("ServicesSynced")
     assert bench.size("backends") == 3
+
+
+async def test_an_exchange_of_endpoints_in_a_map_at_its_limit_goes_on():
+    bench = Bench()
+    bench.maps.limits = {"backends": 2}
+    bench.maps.room = {"backends": 2}
+    bench.give(*web(1))
+    await bench.sync.reconcile()
+    others = [endpoint("10.0.0.8"), endpoint("10.0.0.9")]
+    bench.give(added(endpoint_slice(others, "web1")))
+    await bench.sync.reconcile()
+    assert bench.status.is_true("ServicesSynced")
+    assert bench.size("backends") == 2
+
+
+async def test_what_is_refused_costs_no_writes():
+    bench = Bench()
+    bench.maps.limits = {"backends": 2}
+    bench.give(*web(1))
+    await bench.sync.reconcile()
+    bench.give(*web(2), *web(3))
+    assert await bench.sync.reconcile() == 0
 
 
 async def test_an_endpoint_too_many_leaves_the_service_as_it_was():
