@@ -273,7 +273,9 @@ def test_affinity_holds_while_the_backend_is_a_member(a: Node, cast: Addresses) 
         for i in range(20)
     }
     assert len(chosen) == 1
-    a.delete("members", list=14, backend=100 + chosen.pop() - 8000)
+    gone = chosen.pop() - 8000
+    a.put("slots", {"list": 14, "slot": gone}, value=100 + (gone + 1) % 32)
+    a.delete("members", list=14, backend=100 + gone)
     again = {
         a.from_net(Frame(cast.client, cast.external, sport=2000 + i)).frame.dport for i in range(20)
     }
