@@ -114,24 +114,17 @@ static __always_inline int entry_applies(struct __sk_buff *skb, const struct ct 
     return !entry->in_ifindex || entry->in_ifindex == skb->ifindex;
 }
 
-// A UDP server of the node that listens on every address answers an outside client from the address
-// that the route prefers, not from the one the service's packet was sent to, where its entry is.
+// To an outside client from another of the node's addresses than the service's packet was sent to.
 static __always_inline struct ct *answer_from_another_address(const struct packet *p) {
-    struct settings *node = node_settings();
     struct ct_key key = p->key;
-    if (p->key.proto != IPPROTO_UDP || !node)
-        return NULL;
-    node_address(node, &key.src);
-    if (addr_equal(&key.src, &p->key.src))
+    if (!answer_at_main_address(&key) || addr_equal(&key.src, &p->key.src))
         return NULL;
     struct ct *asked = ct.lookup(&key);
     if (!asked || !(asked->flags & CT_HOST_REPLY) || !own_address(&p->key.src))
         return NULL;
     struct ct entry = *asked;
-    addr_t from[2] = {p->key.src, p->key.dst};
-    addr_t to[2] = {entry.new_src, entry.new_dst};
-    entry.addr_diff = bpf_csum_diff((__be32 *)from, sizeof(from), (__be32 *)to, sizeof(to), 0);
-    entry.flags |= CT_NAT;
+    entry.flags &= ~CT_NAT;
+    set_differences(&entry, &p->key);
     ct.update((struct ct_key *)&p->key, &entry);
     return ct.lookup((struct ct_key *)&p->key);
 }

@@ -14,32 +14,6 @@ static __always_inline void flow_packet(const struct flow *flow, struct packet *
     p->fragment = flow->fragment;
 }
 
-// Ones' complement sum of what is added to a checksum when `from` becomes `to`.
-static __always_inline __u32 word_difference(__u64 sum, __be32 from, __be32 to) {
-    sum += to;
-    sum += (__u32)~from;
-    sum = (__u32)sum + (sum >> 32);
-    return (__u32)sum + (__u32)(sum >> 32);
-}
-
-// What translating from the key to the entry does to the checksums.
-static __always_inline void set_differences(struct ct *entry, const struct ct_key *key) {
-    __be32 from_ports = key->sport | (__u32)key->dport << 16;
-    __be32 to_ports = entry->new_sport | (__u32)entry->new_dport << 16;
-    entry->port_diff = 0;
-    if (from_ports != to_ports)
-        entry->port_diff = word_difference(0, from_ports, to_ports);
-    else if (addr_equal(&key->src, &entry->new_src) && addr_equal(&key->dst, &entry->new_dst))
-        return;
-    __u32 sum = 0;
-    for (int i = 0; i < ADDR_WORDS; i++) {
-        sum = word_difference(sum, key->src.w[i], entry->new_src.w[i]);
-        sum = word_difference(sum, key->dst.w[i], entry->new_dst.w[i]);
-    }
-    entry->addr_diff = sum;
-    entry->flags |= CT_NAT;
-}
-
 static __always_inline void forward_entry(const struct flow *flow, __u64 now, struct ct *entry) {
     entry->last_seen = now;
     entry->checked = now;

@@ -265,15 +265,12 @@ static __always_inline int flow_from_tunnel(struct __sk_buff *skb, struct flow *
     return judge(skb, flow, POLICY_SLOT_ALLOW, POLICY_SLOT_ALLOW);
 }
 
-// A UDP server of the node that listens on every address answers from the address its route to the
-// pod prefers (the pods' gateway), not from the one the pod's packet was sent to.
+// To a pod from another address (the pods' gateway) than the pod's packet was sent to.
 static __always_inline void answer_as_asked(struct flow *flow) {
-    struct settings *node = node_settings();
     struct ct_key key;
-    if (!node || flow->proto != IPPROTO_UDP)
-        return;
     __builtin_memcpy(&key, flow, sizeof(key));
-    node_address(node, &key.src);
+    if (!answer_at_main_address(&key))
+        return;
     struct ct *asked = ct.lookup(&key);
     if (!asked || !(asked->flags & CT_REPLY))
         return;

@@ -236,12 +236,10 @@ class Agent:
             log.info("map sizes changed: the maps are copied, the programs loaded anew")
             await self._session.stop()
             self._session = None
-        if self._session is None:
-            await self._begin(config)
-        if self._session is not None:
-            self._session.configure(config)
+        session = self._session or await self._begin(config)
+        session.configure(config)
 
-    async def _begin(self, config: Config) -> None:
+    async def _begin(self, config: Config) -> Session:
         session = self._session = Session(self._around, self._health, config)
         try:
             await session.start()
@@ -249,6 +247,7 @@ class Agent:
             self._session = None
             await session.stop()
             raise
+        return session
 
     async def _detach(self, config: Config) -> None:
         session, detached = self._session, self._around.status.get("Attached")

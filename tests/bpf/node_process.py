@@ -61,6 +61,16 @@ def connect_error(kind: int, address: str, port: int) -> str:
     return ""
 
 
+def answer_what_came(servers: list[socket.socket], names: list[tuple[str, int]]) -> None:
+    """Each server that was asked answers with its port."""
+    for server, name in zip(servers, names, strict=True):
+        try:
+            _, sender = server.recvfrom(10)
+        except BlockingIOError:
+            continue
+        server.sendto(str(name[1]).encode(), sender)
+
+
 def udp_exchange(
     address: str, port: int, listen: list[tuple[str, int]], rounds: int = 1, connected: bool = False
 ) -> list[tuple[Any, bytes]]:
@@ -79,12 +89,7 @@ def udp_exchange(
                 client.send(b"?")
             else:
                 client.sendto(b"?", (address, port))
-            for server, name in zip(servers, listen, strict=True):
-                try:
-                    _, sender = server.recvfrom(10)
-                except BlockingIOError:
-                    continue
-                server.sendto(str(name[1]).encode(), sender)
+            answer_what_came(servers, listen)
             answer, seen = client.recvfrom(10)
             answers.append((seen[:2], answer))
     for server in servers:
@@ -143,12 +148,7 @@ def held_ask(address: str, port: int, listen: list[tuple[str, int]]) -> tuple[An
             server.bind(name)
             server.setblocking(False)
         client.sendto(b"?", (address, port))
-        for server, name in zip(servers, listen, strict=True):
-            try:
-                _, sender = server.recvfrom(10)
-            except BlockingIOError:
-                continue
-            server.sendto(str(name[1]).encode(), sender)
+        answer_what_came(servers, listen)
         answer, seen = client.recvfrom(10)
         return seen[:2], answer
     except OSError as error:

@@ -226,14 +226,15 @@ class MapStore:
             return self._resized(found, wanted, pin)
         except MapFull as error:
             self.unfit.append(error)
-            return open_map(layout, family, pin) or create_map(
-                layout, family, max_entries=wanted, pin=pin
-            )
+            return found
+        except BaseException:
+            found.close()
+            raise
 
     def _resized(self, old: OpenMap, max_entries: int, pin: Path) -> OpenMap:
         """A copy of another size in the old one's place; programs must be loaded again to use it.
 
-        Raises MapFull, with the old map left in place, when the entries do not fit.
+        Raises MapFull when the entries do not fit. After an error the old map is there, and open.
         """
         new = create_map(old.layout, old.family, max_entries=max_entries)
         try:
@@ -241,7 +242,6 @@ class MapStore:
             replace_pin(new.descriptor, pin)
         except BaseException:
             new.close()
-            old.close()
             raise
         if old.layout.type is layouts.MapType.LRU_HASH:  # what programs write
             self._outgrown.append((old, new))

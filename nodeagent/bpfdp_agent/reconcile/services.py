@@ -125,13 +125,12 @@ class ServiceSync:
             self._no_local[family].pop(key, None)
             if without := policies_without_endpoint(view):
                 self._no_local[family][key] = without
-        for policy in ("internal", "external"):
-            found = sum(each.count(policy) for each in self._no_local[family].values())
-            metrics.no_local_endpoints.labels(policy, family_name(family)).set(found)
-        for key in views:
             slices = [s for s in self._around.view.slices_of(key) if _in_family(s, family)]
             for seconds in self._latency.of(key, family, slices):
                 metrics.programming.labels(family_name(family)).observe(seconds)
+        for policy in ("internal", "external"):
+            found = sum(each.count(policy) for each in self._no_local[family].values())
+            metrics.no_local_endpoints.labels(policy, family_name(family)).set(found)
 
     async def _forget_gone(self) -> None:
         """Cut flows loose from backends that went; after an error the next round does it again."""
@@ -188,12 +187,11 @@ class ServiceSync:
 
     def _tell_refused(self) -> None:
         """Services that do not fit: each is named once, in an Event and in the condition."""
-        refused = {
-            (key, family): refusal
+        told = {
+            (key, family): _no_room(refusal, family)
             for family, tables in self._tables.items()
             for key, refusal in tables.refused.items()
         }
-        told = {which: _no_room(r, which[1]) for which, r in refused.items()}
         for (key, _), why in sorted(told.items())[:MOST_EVENTS]:
             self._around.events.warning(ref_of(Kind.SERVICE, key), "MapFull", why)
         status = self._around.status
